@@ -8,11 +8,13 @@ READY := .venv/.ready
 # Waiting threads must sleep, not spin; nothing is reported to anyone.
 export OMP_WAIT_POLICY := PASSIVE
 export KMP_BLOCKTIME := 0
+# What make starts ends with make.
+export TOOLPOST_LEASH := 1
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: report test setup export sync lint types imports notebooks pytest
+.PHONY: report test setup serve-env export sync lint types imports notebooks pytest
 
 report: setup
 	@$(BIN)/toolpost run --profile pocket
@@ -29,6 +31,11 @@ $(READY): constraints.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" 2>.venv/pip.log \
 	  || { cat .venv/pip.log; exit 1; }
 	@touch $@
+
+# vLLM pins another torch and numpy than the rest, so it lives apart and is reached over HTTP. Needs a CUDA GPU.
+serve-env:
+	@$(PYTHON) -m venv .venv-serve
+	@.venv-serve/bin/python -m pip install --quiet vllm==0.21.0
 
 # The library is written in nbs/ and exported to toolpost/. Run this after every edit of a notebook.
 export: setup

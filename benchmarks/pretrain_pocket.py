@@ -311,6 +311,7 @@ def train(out: Path, minutes: float, length: int, batch: int, micro: int, rate: 
     log.append({"step": step, "tokens": seen, "loss": total, "held_out": held_out})
     model.save_pretrained(out / "final")
     about = {
+        "parameters": sum(p.numel() for p in model.parameters()),
         "minutes": minutes,
         "length": length,
         "batch": batch,
@@ -320,6 +321,38 @@ def train(out: Path, minutes: float, length: int, batch: int, micro: int, rate: 
         "curve": log,
     }
     (out / "training.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+CARD = """# Pocket base
+
+A Qwen3 of {parameters:,} parameters, made to be small enough for two CPU cores. It is a raw base:
+it has read source code and service descriptions, and no tool call. The rows of the chat protocol's
+tokens are untrained, as in larger base models.
+
+- Text: {characters:,} characters of the packages listed in `corpus.json`, with versions, licences
+  and hashes.
+- Training: {tokens:,} tokens in {minutes:g} minutes on {threads} CPU threads; the loss on held-out
+  blocks of the same text fell from {first:.2f} to {last:.2f} nats a token. The curve is in
+  `training.json`, the script is `benchmarks/pretrain_pocket.py`.
+- Limits: this first version is trained briefly. It writes neither sense nor working code.
+- Licence: Apache-2.0, as the package.
+"""
+
+
+def card(out: Path) -> str:
+    """Write the model's card from the two manifests."""
+    texts = json.loads((out / "corpus.json").read_text(encoding="utf-8"))
+    training = json.loads((out / "training.json").read_text(encoding="utf-8"))
+    curve = training["curve"]
+    return CARD.format(
+        parameters=training["parameters"],
+        characters=sum(source["characters"] for source in texts),
+        tokens=curve[-1]["tokens"],
+        minutes=training["minutes"],
+        threads=training["threads"],
+        first=curve[0]["held_out"],
+        last=curve[-1]["held_out"],
+    )
 
 
 def ship(out: Path) -> None:
@@ -338,6 +371,7 @@ def ship(out: Path) -> None:
     for name in ("corpus.json", "training.json"):
         if (out / name).exists():
             shutil.copy(out / name, target / name)
+    (target / "README.md").write_text(card(out), encoding="utf-8")
     print(sorted((p.name, p.stat().st_size) for p in target.iterdir()))
 
 

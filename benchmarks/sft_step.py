@@ -40,7 +40,7 @@ def main() -> None:
 
     splits = build(list(rows(300, 0)), "practice", 0, (0.1, 0.1)).splits
     train, dev = training_rows(splits["train"]), training_rows(splits["dev"][:4])
-    plan = sft.SftPlan(max_steps=a.steps)
+    plan = sft.Plan(max_steps=a.steps)
     every = patch.object(sft, "scored_positions_only", contextlib.nullcontext)
     for _ in range(a.repeats):
         for name, how in (("all positions", every), ("scored only", contextlib.nullcontext())):

@@ -9,10 +9,11 @@ from toolpost.core.schema import Conversation
 from toolpost.data.build import build, training_rows
 from toolpost.data.pocketset import rows as practice_rows
 from toolpost.record import sha256
+from toolpost.serve.checks import ModelFolderError
 from toolpost.train.doctor import PROTOCOL, examine, repair
 from toolpost.train.dpo import DpoPlan, near_misses, train_dpo
-from toolpost.train.models import POCKET, ModelError, load_model, load_tokenizer, model_folder
-from toolpost.train.sft import SftPlan, Trained, fitting, train_sft
+from toolpost.train.models import POCKET, load_model, load_tokenizer, model_folder
+from toolpost.train.sft import Plan, Trained, fitting, train_sft
 
 
 def quiet(line: str) -> None:
@@ -28,7 +29,7 @@ def rows() -> list[Conversation]:
 def sft(tmp_path_factory: pytest.TempPathFactory, rows: list[Conversation]) -> tuple[Path, Trained]:
     out = tmp_path_factory.mktemp("sft") / "sft"
     texts = training_rows(rows)
-    plan = SftPlan(max_steps=6, batch_size=4, threads=1)
+    plan = Plan(max_steps=6, batch_size=4, threads=1)
     return out, train_sft(POCKET, texts, texts[:4], plan, out, say=quiet)
 
 
@@ -51,7 +52,7 @@ def test_sft_gives_the_same_weights_for_the_same_seed(
     sft: tuple[Path, Trained], rows: list[Conversation], tmp_path: Path
 ) -> None:
     texts = training_rows(rows)
-    plan = SftPlan(max_steps=6, batch_size=4, threads=1)
+    plan = Plan(max_steps=6, batch_size=4, threads=1)
     train_sft(POCKET, texts, texts[:4], plan, tmp_path / "again", say=quiet)
     assert sha256(tmp_path / "again" / "model.safetensors") == sha256(sft[0] / "model.safetensors")
 
@@ -102,6 +103,6 @@ def test_a_row_that_is_too_long_is_left_out_and_counted() -> None:
 def test_a_folder_that_lacks_something_is_named(tmp_path: Path, lacks: str) -> None:
     for name in {"config.json", "tokenizer.json", "model.safetensors"} - {lacks}:
         (tmp_path / name).write_text("{}", encoding="utf-8")
-    with pytest.raises(ModelError, match=str(tmp_path)) as caught:
+    with pytest.raises(ModelFolderError, match=str(tmp_path)) as caught:
         model_folder(str(tmp_path))
-    assert lacks.removeprefix("model") in str(caught.value)
+    assert f"lacks {lacks.replace('model', '*')}" in str(caught.value)

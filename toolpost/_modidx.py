@@ -721,6 +721,7 @@ d = {
             "toolpost.pipeline._failure": ("pipeline.html#_failure", "toolpost/pipeline.py"),
             "toolpost.pipeline._page_task": ("pipeline.html#_page_task", "toolpost/pipeline.py"),
             "toolpost.pipeline._quiet": ("pipeline.html#_quiet", "toolpost/pipeline.py"),
+            "toolpost.pipeline._ratio": ("pipeline.html#_ratio", "toolpost/pipeline.py"),
             "toolpost.pipeline._stage_task": ("pipeline.html#_stage_task", "toolpost/pipeline.py"),
             "toolpost.pipeline._told": ("pipeline.html#_told", "toolpost/pipeline.py"),
             "toolpost.pipeline._write_parameters": (
@@ -743,6 +744,7 @@ d = {
             "toolpost.profile.ProfileError": ("profile.html#profileerror", "toolpost/profile.py"),
             "toolpost.profile.Report": ("profile.html#report", "toolpost/profile.py"),
             "toolpost.profile.Sft": ("profile.html#sft", "toolpost/profile.py"),
+            "toolpost.profile.Training": ("profile.html#training", "toolpost/profile.py"),
             "toolpost.profile._number": ("profile.html#_number", "toolpost/profile.py"),
             "toolpost.profile._read": ("profile.html#_read", "toolpost/profile.py"),
             "toolpost.profile.load_profile": ("profile.html#load_profile", "toolpost/profile.py"),
@@ -766,6 +768,10 @@ d = {
             "toolpost.record._git": ("record.html#_git", "toolpost/record.py"),
             "toolpost.record._peak_mb": ("record.html#_peak_mb", "toolpost/record.py"),
             "toolpost.record.begin": ("record.html#begin", "toolpost/record.py"),
+            "toolpost.record.end_with_parent": (
+                "record.html#end_with_parent",
+                "toolpost/record.py",
+            ),
             "toolpost.record.explain": ("record.html#explain", "toolpost/record.py"),
             "toolpost.record.read_settings": ("record.html#read_settings", "toolpost/record.py"),
             "toolpost.record.sha256": ("record.html#sha256", "toolpost/record.py"),
@@ -1442,7 +1448,6 @@ d = {
             "toolpost.train.dpo.Aligned": ("train/dpo.html#aligned", "toolpost/train/dpo.py"),
             "toolpost.train.dpo.DpoPlan": ("train/dpo.html#dpoplan", "toolpost/train/dpo.py"),
             "toolpost.train.dpo._as_row": ("train/dpo.html#_as_row", "toolpost/train/dpo.py"),
-            "toolpost.train.dpo._config": ("train/dpo.html#_config", "toolpost/train/dpo.py"),
             "toolpost.train.dpo._point": ("train/dpo.html#_point", "toolpost/train/dpo.py"),
             "toolpost.train.dpo.near_misses": (
                 "train/dpo.html#near_misses",
@@ -1461,10 +1466,6 @@ d = {
             "toolpost.train.merge.parity": ("train/merge.html#parity", "toolpost/train/merge.py"),
         },
         "toolpost.train.models": {
-            "toolpost.train.models.ModelError": (
-                "train/models.html#modelerror",
-                "toolpost/train/models.py",
-            ),
             "toolpost.train.models.load_model": (
                 "train/models.html#load_model",
                 "toolpost/train/models.py",
@@ -1479,9 +1480,8 @@ d = {
             ),
         },
         "toolpost.train.sft": {
-            "toolpost.train.sft.SftPlan": ("train/sft.html#sftplan", "toolpost/train/sft.py"),
+            "toolpost.train.sft.Plan": ("train/sft.html#plan", "toolpost/train/sft.py"),
             "toolpost.train.sft.Trained": ("train/sft.html#trained", "toolpost/train/sft.py"),
-            "toolpost.train.sft._config": ("train/sft.html#_config", "toolpost/train/sft.py"),
             "toolpost.train.sft._report": ("train/sft.html#_report", "toolpost/train/sft.py"),
             "toolpost.train.sft.announce": ("train/sft.html#announce", "toolpost/train/sft.py"),
             "toolpost.train.sft.fitting": ("train/sft.html#fitting", "toolpost/train/sft.py"),
@@ -1491,6 +1491,10 @@ d = {
                 "toolpost/train/sft.py",
             ),
             "toolpost.train.sft.train_sft": ("train/sft.html#train_sft", "toolpost/train/sft.py"),
+            "toolpost.train.sft.trainer_arguments": (
+                "train/sft.html#trainer_arguments",
+                "toolpost/train/sft.py",
+            ),
         },
     },
 }

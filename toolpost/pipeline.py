@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-# %% ../nbs/02_pipeline.ipynb #969b99ef
+# %% ../nbs/02_pipeline.ipynb #6ec17485
 @dataclass(frozen=True)
 class Node:
     """A stage's place in the graph."""
@@ -57,19 +57,21 @@ GRAPH: Final[Mapping[str, Node]] = {
     ),
     "30_sft": Node(
         needs=("20_data",),
-        rooms=("core", "train", "models"),
+        rooms=("core", "data", "train", "models"),
         makes=("models/sft/model.safetensors",),
     ),
     "40_dpo": Node(
         needs=("20_data", "30_sft"),
-        rooms=("core", "train"),
+        rooms=("core", "data", "train"),
         makes=("models/dpo/model.safetensors",),
     ),
     "60_eval": Node(
-        needs=("10_anchors", "20_data", "30_sft", "40_dpo"), rooms=("core", "bench", "serve")
+        needs=("10_anchors", "20_data", "30_sft", "40_dpo"),
+        rooms=("core", "data", "bench", "serve"),
     ),
     "80_report": Node(
-        needs=("10_anchors", "20_data", "30_sft", "40_dpo", "60_eval"), rooms=("core", "report")
+        needs=("10_anchors", "20_data", "30_sft", "40_dpo", "60_eval"),
+        rooms=("core", "bench", "report"),
     ),
 }
 
@@ -283,7 +285,7 @@ def _page_task(run: Run) -> Task:
     return found
 
 
-# %% ../nbs/02_pipeline.ipynb #2a5e13f0
+# %% ../nbs/02_pipeline.ipynb #2a4c5105
 def run_stages(
     run: Run,
     settings: Mapping[str, Settings],  # of every stage
@@ -334,9 +336,10 @@ def _failure(session: Any, run: Run) -> str:
             problem = report.exc_info[1]
             kind = getattr(problem, "ename", type(problem).__name__)
             text = getattr(problem, "evalue", str(problem))
-            copy = run.notebook(report.task.name).with_suffix(".partial.ipynb")
+            stage = report.task.name.rpartition("::")[-1]
+            copy = run.notebook(stage).with_suffix(".partial.ipynb")
             where = f"\nThe notebook as far as it came: {copy}" if copy.exists() else ""
-            return f"stage {report.task.name} failed: {kind}: {text}{where}"
+            return f"stage {stage} failed: {kind}: {text}{where}"
     return f"the graph could not be built; see {run.folder / 'graph.log'}"
 
 
@@ -356,7 +359,7 @@ def publish(run: Run, target: Path) -> Path:
     return target / "index.html"
 
 
-# %% ../nbs/02_pipeline.ipynb #0f9a09d6
+# %% ../nbs/02_pipeline.ipynb #2d0fb915
 def _counts(folder: Path) -> dict[str, tuple[int, int]]:
     """Give all counted scores of a report's results: (hits, n) by model and category or metric."""
     anchors = json.loads((folder / "10_anchors.json").read_text(encoding="utf-8"))["result"]
@@ -379,6 +382,10 @@ def _told(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _ratio(count: tuple[int, int] | None) -> str:
+    return f"{count[0]}/{count[1]}" if count else "not run"
+
+
 def compare(
     ours: Path,  # a run's results folder
     published: Path,  # the committed one
@@ -392,9 +399,7 @@ def compare(
     mine, theirs = _counts(ours), _counts(published)
     if not (wrong := [key for key in mine if mine[key] != theirs.get(key)]):
         return f"Reproduced: all {len(mine)} scores equal the published ones."
-    lines = [
-        f"  {key}: {mine[key][0]}/{mine[key][1]}, published {theirs.get(key)}" for key in wrong
-    ]
+    lines = [f"  {key}: {_ratio(mine[key])}, published {_ratio(theirs.get(key))}" for key in wrong]
     return "\n".join(
         [f"Differs from the published run in {len(wrong)} of {len(mine)} scores:", *lines]
     )

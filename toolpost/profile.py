@@ -29,11 +29,12 @@ __all__ = [
     "Sft",
     "Share",
     "Steps",
+    "Training",
     "load_profile",
     "parse_overrides",
 ]
 
-# %% ../nbs/01_profile.ipynb #27bd59aa
+# %% ../nbs/01_profile.ipynb #a297d626
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=0.5)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -45,7 +46,7 @@ class Anchors(Settings):
 
     model: str = "pocket"
     per_category: Positive = 20
-    max_tokens: Positive = 96
+    max_tokens: Positive = 128
     clients: Positive = 32
     port: Annotated[int, Field(ge=0, lt=65536)] = 0
     ready_timeout: Positive = 120
@@ -60,30 +61,32 @@ class Data(Settings):
     test: Share = 0.1
 
 
-class Sft(Settings):
+class Training(Settings):
+    """What every training stage takes."""
+
+    rank: Positive = 64
+    learning_rate: Rate = 3e-3
+    batch_size: Positive = 4
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Steps = -1
+    max_length: Positive = 768
+
+
+class Sft(Training):
     """30_sft: supervised fine-tuning."""
 
     model: str = "pocket"
-    rank: Positive = 32
-    learning_rate: Rate = 2e-3
-    batch_size: Positive = 8
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    max_steps: Steps = -1
-    max_length: Positive = 768
 
 
-class Dpo(Settings):
+class Dpo(Training):
     """40_dpo: preference optimisation on near misses."""
 
     rank: Positive = 32
-    learning_rate: Rate = 3e-4
-    beta: Rate = 0.1
-    sft_weight: Annotated[float, Field(ge=0)] = 0.2
-    pairs: Positive = 320
+    learning_rate: Rate = 5e-5
     batch_size: Positive = 8
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    max_steps: Steps = -1
-    max_length: Positive = 768
+    beta: Rate = 0.1
+    sft_weight: Annotated[float, Field(ge=0)] = 1.0
+    pairs: Positive = 240
 
 
 class Evaluation(Settings):

@@ -553,7 +553,7 @@ READING: Final = (
 )
 
 
-# %% ../../nbs/report/01_tables.ipynb #23ac7667
+# %% ../../nbs/report/01_tables.ipynb #f187442c
 def headline(models: Mapping[str, ModelScores], ceiling: Sequence[Published] = ()) -> Table:
     """Give the main table: base, SFT, DPO and what was published, by official group."""
     rows = []
@@ -563,7 +563,7 @@ def headline(models: Mapping[str, ModelScores], ceiling: Sequence[Published] = (
             if key in models
             else [Cell(NOT_RUN, "", "muted")] * len(GROUPS)
         )
-        rows.append((Cell(label, models[key].model if key in models else ""), *cells))
+        rows.append((Cell(label, ""), *cells))
     rows += [_published_row(row) for row in ceiling]
     head = ("model", *GROUPS)
     return Table("BFCL-V4, single turn", head, tuple(rows), (sample(models), READING, OVERALL))

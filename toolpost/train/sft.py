@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = [
-    "SftPlan",
+    "Plan",
     "Trained",
     "announce",
     "fitting",
     "lora",
     "scored_positions_only",
     "train_sft",
+    "trainer_arguments",
 ]
 
 
@@ -93,13 +94,13 @@ def scored_positions_only() -> Iterator[None]:
         utils._use_triton = asked
 
 
-# %% ../../nbs/train/03_sft.ipynb #f6d610c3
-class SftPlan(Frozen):
-    """What there is to choose about SFT."""
+# %% ../../nbs/train/03_sft.ipynb #db48f2de
+class Plan(Frozen):
+    """What there is to choose about any training run."""
 
-    rank: int = 32  # of the LoRA matrices
-    learning_rate: float = 2e-3
-    batch_size: int = 8  # rows a step
+    rank: int = 64  # of the LoRA matrices
+    learning_rate: float = 3e-3  # at its peak
+    batch_size: int = 4  # rows a step
     epochs: float = 1.0
     max_steps: int = -1  # -1: as many as the epochs need
     max_length: int = 768  # tokens
@@ -121,7 +122,7 @@ class Trained(Frozen):
     parity: Parity
 
 
-# %% ../../nbs/train/03_sft.ipynb #36825e97
+# %% ../../nbs/train/03_sft.ipynb #c8f82677
 def lora(rank: int) -> LoraConfig:
     """Give the one LoRA setting of the project: all linear layers, scale 2, no dropout."""
     from peft import LoraConfig
@@ -129,46 +130,42 @@ def lora(rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
 
 
-def _config(plan: SftPlan, work: Path) -> Any:
-    from trl import SFTConfig
-
-    return SFTConfig(
-        output_dir=str(work),
-        per_device_train_batch_size=plan.batch_size,
-        per_device_eval_batch_size=plan.batch_size,
-        num_train_epochs=plan.epochs,
-        max_steps=plan.max_steps,
-        learning_rate=plan.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        max_length=plan.max_length,
-        completion_only_loss=True,
-        train_sampling_strategy="group_by_length",
-        eos_token=END,
-        logging_steps=5,
-        eval_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        seed=plan.seed,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
+def trainer_arguments(plan: Plan, work: Path) -> dict[str, Any]:
+    """Give the trainer arguments that SFT and DPO share."""
+    return {
+        "output_dir": str(work),
+        "per_device_train_batch_size": plan.batch_size,
+        "per_device_eval_batch_size": plan.batch_size,
+        "num_train_epochs": plan.epochs,
+        "max_steps": plan.max_steps,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,  # a share of all steps
+        "max_length": plan.max_length,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": plan.seed,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
 
 
-# %% ../../nbs/train/03_sft.ipynb #0fed1c87
+# %% ../../nbs/train/03_sft.ipynb #cc205ef4
 def train_sft(
     base: Path,  # the base model's folder
     train: Sequence[Mapping[str, str]],  # prompt and completion strings
     dev: Sequence[Mapping[str, str]],
-    plan: SftPlan,
+    plan: Plan,
     out: Path,  # the adapter goes to <out>-adapter, the merged model to <out>
     say: Callable[[str], None] = print,
 ) -> Trained:
     """Repair, train, save the adapter, merge and prove the merge."""
     from datasets import Dataset
-    from trl import SFTTrainer
+    from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
 
     tokenizer = load_tokenizer(base)
     model = load_model(base, plan.threads)
@@ -178,13 +175,19 @@ def train_sft(
     say(f"{len(rows)} rows, {left_out} left out as too long; {len(repaired)} token rows repaired")
     trainer = SFTTrainer(
         model=model,
-        args=_config(plan, out.with_name(out.name + "-work")),
+        args=SFTConfig(
+            completion_only_loss=True,
+            train_sampling_strategy="group_by_length",
+            eos_token=END,
+            **trainer_arguments(plan, out.with_name(out.name + "-work")),
+        ),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(held),
         processing_class=tokenizer,
         peft_config=lora(plan.rank),
         callbacks=[announce(say, every=25)],
     )
+    trainer.remove_callback(PrinterCallback)  # it prints a dictionary a step
     with scored_positions_only():
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
