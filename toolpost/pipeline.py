@@ -224,7 +224,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], listene
     partial.replace(output)
 
 
-# %% ../nbs/02_pipeline.ipynb #6477561d
+# %% ../nbs/02_pipeline.ipynb #c3d61ea6
 def _write_parameters(run: Run, settings: Mapping[str, Settings]) -> None:
     for stage, chosen in settings.items():
         path = run.parameters(stage)
@@ -238,7 +238,7 @@ Task = Callable[..., None]
 
 
 def _stage_task(run: Run, stage: str, voice: Voice, done: dict[str, float]) -> Task:
-    from pytask import task
+    from pytask import mark, task
 
     node, here = GRAPH[stage], Path.cwd()
     told, code = here / run.parameters(stage), tuple(code_of(stage))
@@ -261,7 +261,8 @@ def _stage_task(run: Run, stage: str, voice: Voice, done: dict[str, float]) -> T
         done[stage] = time.monotonic() - began
         voice.end(f"{stage} done in {done[stage]:.0f} s")
 
-    found: Task = task(id=stage, name=stage)(execute_stage)
+    first = mark.try_first(execute_stage) if stage == next(iter(GRAPH)) else execute_stage
+    found: Task = task(id=stage, name=stage)(first)
     return found
 
 

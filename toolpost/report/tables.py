@@ -485,7 +485,7 @@ def to_html(table: Table) -> str:
     return f"<details><summary>{title}</summary>{html}</details>" if table.folded else html
 
 
-# %% ../../nbs/report/01_tables.ipynb #ef6f9e80
+# %% ../../nbs/report/01_tables.ipynb #24deb1cf
 def to_rich(table: Table) -> RichTable:
     """Write a table for the terminal."""
     from rich.table import Table as RichTable
@@ -494,7 +494,8 @@ def to_rich(table: Table) -> RichTable:
     styles = {"": "", "muted": "dim", "strong": "bold", "published": "italic"}
     out = RichTable(title=table.title, caption="\n".join(table.notes), caption_justify="left")
     for i, name in enumerate(table.head):
-        least = max((len(row[i].text) for row in table.rows), default=0)
+        # Numbers stay in one piece; the names in the first column may be folded to fit 80 columns.
+        least = max((len(row[i].text) for row in table.rows), default=0) if i else 12
         side: Literal["left", "right"] = "right" if i else "left"
         out.add_column(Text(name), justify=side, overflow="fold", min_width=least)
     for row in table.rows:
