@@ -344,17 +344,20 @@ def _failure(session: Any, run: Run) -> str:
     return f"the graph could not be built; see {run.folder / 'graph.log'}"
 
 
-# %% ../nbs/02_pipeline.ipynb #eb7336ee
+# %% ../nbs/02_pipeline.ipynb #119298ed
 def publish(run: Run, target: Path) -> Path:
     """Copy a finished run's report to where it is committed; give the page's path.
 
     Raises:
-        RunError: the run is not finished.
+        RunError: the run is not finished, or its report names a folder of this machine.
     """
     if missing := [str(p) for p in (*map(run.result, GRAPH), run.page) if not p.is_file()]:
         raise RunError(
             f"run {run.name!r} is not finished: {', '.join(missing)} missing. Run it first."
         )
+    for path in (p for p in run.report.rglob("*") if p.is_file()):
+        if str(ROOT) in path.read_text(encoding="utf-8"):
+            raise RunError(f"{path} names {ROOT}, a folder of this machine: it is not published")
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(run.report, target, ignore=shutil.ignore_patterns("*.partial*"))
     return target / "index.html"

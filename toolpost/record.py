@@ -97,7 +97,7 @@ def explain(problem: ValidationError, kind: type[Settings]) -> str:
     return "; ".join(lines)
 
 
-# %% ../nbs/00_record.ipynb #dbb0b076
+# %% ../nbs/00_record.ipynb #d448cb45
 def sha256(path: Path) -> str:
     """Hash a file, or a folder's files by name and content."""
     if path.is_file():
@@ -113,7 +113,8 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all: to a temporary file that is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
 
 
@@ -212,7 +213,7 @@ class Stage(Generic[S]):
         return path
 
 
-# %% ../nbs/00_record.ipynb #1f89dda5
+# %% ../nbs/00_record.ipynb #8ab8d24d
 QUIET: Final = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
@@ -250,4 +251,5 @@ def begin(
     random.seed(settings.seed)
     # A deprecation inside a library is no news for a reader; the tests show them.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="IProgress not found")
     return Stage(name=name, settings=settings, started=time.monotonic())
