@@ -224,7 +224,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], listene
     partial.replace(output)
 
 
-# %% ../nbs/02_pipeline.ipynb #c3d61ea6
+# %% ../nbs/02_pipeline.ipynb #06c83b26
 def _write_parameters(run: Run, settings: Mapping[str, Settings]) -> None:
     for stage, chosen in settings.items():
         path = run.parameters(stage)
@@ -241,15 +241,15 @@ def _stage_task(run: Run, stage: str, voice: Voice, done: dict[str, float]) -> T
     from pytask import mark, task
 
     node, here = GRAPH[stage], Path.cwd()
-    told, code = here / run.parameters(stage), tuple(code_of(stage))
+    told = here / run.parameters(stage)
     results = [here / run.result(name) for name in node.needs]
-    read = (*results, *(here / run.folder / f for name in node.needs for f in GRAPH[name].makes))
+    files = [here / run.folder / f for name in node.needs for f in GRAPH[name].makes]
+    read = (*code_of(stage), *results, *files)
     own = (here / run.notebook(stage), here / run.result(stage))
     made = (*own, *(here / run.folder / file for file in node.makes))
 
     def execute_stage(
         parameters: Path = told,
-        _code: tuple[Path, ...] = code,
         _read: tuple[Path, ...] = read,
         produces: tuple[Path, ...] = made,  # noqa: ARG001  # pytask's name for products
     ) -> None:
