@@ -128,6 +128,22 @@ def test_a_run_killed_in_the_middle_of_sft_leaves_nothing_and_goes_on(run: Run) 
     assert (code, output.strip()) == (0, "30_sft is up to date")
 
 
+def test_ctrl_c_is_one_message_and_leaves_nothing(run: Run) -> None:
+    process = toolpost("run", "--name", run.name, "--stage", "30_sft", *SMALL)
+    assert process.stdout
+    for line in process.stdout:
+        if line.strip().startswith("step "):
+            break
+    left = descendants(process.pid)
+    assert left
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert rest.strip() == "toolpost: stopped; the same command goes on where it was"
+    assert wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in left), 10)
+    assert not (ROOT / run.result("30_sft")).exists()
+
+
 def test_two_runs_in_one_folder_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

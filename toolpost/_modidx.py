@@ -716,8 +716,13 @@ d = {
             "toolpost.pipeline.Voice.begin": ("pipeline.html#voice.begin", "toolpost/pipeline.py"),
             "toolpost.pipeline.Voice.end": ("pipeline.html#voice.end", "toolpost/pipeline.py"),
             "toolpost.pipeline.Voice.flush": ("pipeline.html#voice.flush", "toolpost/pipeline.py"),
+            "toolpost.pipeline.Voice.stop": ("pipeline.html#voice.stop", "toolpost/pipeline.py"),
             "toolpost.pipeline.Voice.write": ("pipeline.html#voice.write", "toolpost/pipeline.py"),
             "toolpost.pipeline._counts": ("pipeline.html#_counts", "toolpost/pipeline.py"),
+            "toolpost.pipeline._ctrl_c_for_the_kernel": (
+                "pipeline.html#_ctrl_c_for_the_kernel",
+                "toolpost/pipeline.py",
+            ),
             "toolpost.pipeline._failure": ("pipeline.html#_failure", "toolpost/pipeline.py"),
             "toolpost.pipeline._page_task": ("pipeline.html#_page_task", "toolpost/pipeline.py"),
             "toolpost.pipeline._quiet": ("pipeline.html#_quiet", "toolpost/pipeline.py"),
