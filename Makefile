@@ -44,7 +44,7 @@ export: setup
 	@$(BIN)/nbdev_clean
 	@$(BIN)/nbdev_export
 	@$(BIN)/ruff format --quiet toolpost
-	@$(BIN)/ruff check --quiet --fix --select RUF022 toolpost
+	@$(BIN)/ruff check --quiet --fix --select RUF022,I001 toolpost
 
 # Fails if exporting changes anything: then the library is not what the notebooks say.
 sync: setup

@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=3)
     a = parser.parse_args()
-    from toolpost.data.build import build, training_rows
+    from toolpost.data.build import conversations, items, training_rows
     from toolpost.data.pocketset import rows
     from toolpost.train import sft
     from toolpost.train.models import POCKET
 
-    splits = build(list(rows(300, 0)), "practice", 0, (0.1, 0.1)).splits
-    train, dev = training_rows(splits["train"]), training_rows(splits["dev"][:4])
+    made = training_rows(conversations(items("practice", rows(300, 0))))
+    train, dev = made[4:], made[:4]
     plan = sft.Plan(max_steps=a.steps)
     every = patch.object(sft, "scored_positions_only", contextlib.nullcontext)
     for _ in range(a.repeats):

@@ -1,33 +1,41 @@
-"""Normalize, verify, split and build, on real rows and on hostile ones."""
+"""From rows to splits: nothing is lost, nothing leaks, nothing moves."""
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator
 
-from toolpost.core.normalize import Rejection, normalize_xlam, type_schema
+from toolpost.bench.bfcl import benchmark_texts
+from toolpost.core.augment import Recipe
+from toolpost.core.decontaminate import Benchmark, benchmark
 from toolpost.core.pairs import perturbed_pair
-from toolpost.core.schema import (
-    Conversation,
-    ToolCall,
-    ToolSpec,
-    VerificationOutcome,
-    canonical,
-    same_calls,
+from toolpost.core.schema import Conversation, canonical, same_calls
+from toolpost.core.split import SPLITS, Splitter, identities, query_identity, tool_identity
+from toolpost.data.build import (
+    Account,
+    Item,
+    build,
+    conversations,
+    items,
+    normalize_rows,
+    packets,
+    read_split,
+    summary,
+    training_rows,
 )
-from toolpost.core.split import identities, query_identity, split
-from toolpost.core.verify import verify_call
-from toolpost.data.build import build, training_rows
 from toolpost.data.pocketset import rows as practice_rows
-from toolpost.data.sources import SourceError, load_rows
+from toolpost.data.sources import stream_rows
 
-XLAM = Path(__file__).parents[1].parent / "shared" / "data" / "xlam_rows.json"
-real = pytest.mark.skipif(not XLAM.exists(), reason=f"no real rows at {XLAM.name}")
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+FILES = {"xlam": SHARED / "xlam_rows.json", "toolace": SHARED / "toolace_rows.json"}
+real = pytest.mark.skipif(not SHARED.exists(), reason=f"no real rows at {SHARED.name}")
+AUGMENTED = Recipe(seed=1, abstain=0.1, masked=0.33, wrapped=0.5)
 NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.text(),
@@ -36,56 +44,172 @@ JSON = st.recursive(
 )
 
 
+def real_items() -> Iterator[Item]:
+    for source, file in FILES.items():
+        yield from items(source, stream_rows(file))
+
+
 @pytest.fixture(scope="module")
-def xlam() -> list[Any]:
-    found: list[Any] = json.loads(XLAM.read_text(encoding="utf-8"))
-    return found
+def exam() -> Benchmark:
+    return benchmark(*benchmark_texts())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, exam: Benchmark) -> tuple[Path, Account]:
+    folder = tmp_path_factory.mktemp("real")
+    return folder, build(real_items(), AUGMENTED, folder, (0.1, 0.1), exam)
+
+
+def where(folder: Path) -> dict[tuple[str, int], str]:
+    """Give the split of every row."""
+    return {(r.source, r.id): name for name in SPLITS for r in read_split(folder, name)}
 
 
 @real
-def test_real_rows_pass_as_often_as_policy_a_lets_them(xlam: list[Any]) -> None:
-    """On the full 1,200 rows this policy was measured to keep 97 % of the rows."""
-    found = [normalize_xlam(row) for row in xlam]
-    reasons = Counter(r.reason for r in found if isinstance(r, Rejection))
-    kept = [r for r in found if isinstance(r, Conversation)]
-    assert len(kept) / len(found) > 0.96
-    assert set(reasons) <= {"schema_violation", "duplicate_tool"}
-    assert all(verify_call(c, r.tools).ok for r in kept for c in r.gold_calls)
+def test_real_rows_in_are_rows_kept_and_rows_quarantined(built: tuple[Path, Account]) -> None:
+    folder, account = built
+    refused = [json.loads(line) for line in (folder / "quarantine.jsonl").open(encoding="utf-8")]
+    ids = Counter((why["source"], why["id"]) for why in refused)
+    ids.update(where(folder).keys())
+    assert set(ids.values()) == {1}, "a row is in one place"
+    assert ids.total() == account.rows == sum(1 for _ in real_items())
+    assert Counter(why["reason"] for why in refused) == account.quarantined
+    assert all(why["stage"] and why["reason"] and why["detail"] for why in refused)
+    assert all(1 <= len(shown) <= 3 for shown in account.examples.values())
+    assert set(account.examples) == set(account.quarantined)
 
 
 @real
-def test_every_type_of_the_real_rows_is_understood(xlam: list[Any]) -> None:
-    spellings = {
-        about["type"]
-        for row in xlam
-        for tool in json.loads(row["tools"])
-        for about in tool["parameters"].values()
-    }
-    assert len(spellings) > 15
-    assert [s for s in spellings if type_schema(s)[0] == {}] == []
+def test_no_tool_and_no_question_of_real_rows_is_in_two_splits(tmp_path: Path) -> None:
+    build(real_items(), Recipe(seed=1), tmp_path, (0.1, 0.1))
+    splits = {name: read_split(tmp_path, name) for name in SPLITS}
+    assert all(len(rows) > 50 for rows in splits.values())
+    for one, other in (("train", "test"), ("train", "dev"), ("dev", "test")):
+        for keys in (
+            lambda r: [query_identity(r.query)],
+            lambda r: [tool_identity(t) for t in r.tools.values()],
+            lambda r: [t.name + canonical(t.parameters) for t in r.tools.values()],
+        ):
+            left, right = ({k for r in splits[s] for k in keys(r)} for s in (one, other))
+            assert left
+            assert not left & right
 
 
 @real
-def test_a_split_of_real_rows_shares_nothing(xlam: list[Any]) -> None:
-    built = build(xlam, "xlam", seed=3, shares=(0.1, 0.1))
-    keys = {n: {k for r in rows for k in identities(r)} for n, rows in built.splits.items()}
-    assert all(built.splits.values())
-    assert not keys["train"] & keys["test"]
-    assert not keys["train"] & keys["dev"]
-    assert not keys["dev"] & keys["test"]
+def test_adding_a_tenth_of_real_rows_moves_no_old_row(tmp_path: Path) -> None:
+    """The order of the file decides who came first; the new rows stand behind the old ones."""
+    rows = list(real_items())
+    Random(5).shuffle(rows)
+    old = rows[: len(rows) * 10 // 11]
+    build(old, Recipe(seed=3), tmp_path / "before", (0.1, 0.1))
+    build(rows, Recipe(seed=3), tmp_path / "after", (0.1, 0.1))
+    before, after = where(tmp_path / "before"), where(tmp_path / "after")
+    assert len(after) > len(before)
+    assert {key: after[key] for key in before} == before
 
 
-@settings(deadline=None)
-@given(st.dictionaries(st.sampled_from(["id", "query", "tools", "answers", "answer"]), JSON) | JSON)
-def test_no_row_makes_normalize_raise(row: Any) -> None:
-    assert isinstance(normalize_xlam(row), Conversation | Rejection)
+@real
+def test_only_training_rows_are_augmented_and_in_the_wanted_share(
+    built: tuple[Path, Account],
+) -> None:
+    folder, account = built
+    train, dev = read_split(folder, "train"), read_split(folder, "dev")
+    plain = {(c.source, c.id, c.step): c for c in conversations(real_items())}
+    changed = [r for r in train if plain[r.source, r.id, r.step] != r]
+    assert not [r for r in dev if plain[r.source, r.id, r.step] != r]
+    assert sum(account.augmented.values()) >= len(changed) > 0.5 * len(train)
+    calling = [r for r in train if plain[r.source, r.id, r.step].gold_calls]
+    lost = sum(not r.gold_calls for r in calling)
+    assert 0.07 < lost / len(calling) < 0.13
+    assert 0.25 < account.augmented["masked"] / len(train) < 0.4
+    assert 0.4 < account.augmented["wrapped"] / len(train) < 0.6
 
 
-@given(st.text())
-def test_no_type_makes_the_grammar_raise(text: str) -> None:
-    schema, optional = type_schema(text)
-    Draft202012Validator.check_schema(schema)
-    assert isinstance(optional, bool)
+@real
+def test_several_processes_give_what_one_gives(exam: Benchmark) -> None:
+    rows = [*real_items()]
+    assert list(packets(rows, AUGMENTED, exam, num_proc=2)) == list(packets(rows, AUGMENTED, exam))
+
+
+@real
+@pytest.mark.parametrize("source", FILES)
+def test_the_summary_of_a_real_file(source: str, tmp_path: Path) -> None:
+    found = summary(normalize_rows(items(source, stream_rows(FILES[source])), tmp_path))
+    assert found["rows"] == found["kept"] + sum(found["quarantined"].values())
+    assert found["valid_calls"] / found["calls"] >= {"xlam": 0.98, "toolace": 0.999}[source]
+    lines = (tmp_path / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == found["conversations"]
+    assert len({Conversation.model_validate_json(line).id for line in lines}) == found["kept"]
+
+
+@pytest.mark.parametrize("made", [practice_rows(2400, 0), practice_rows(500, 7)])
+def test_the_practice_set_shares_nothing_with_the_exam(made: list[Any], exam: Benchmark) -> None:
+    account = build(items("practice", made), Recipe(), None, (0.1, 0.1), exam)
+    assert set(account.quarantined) <= {"repeated_query"}
+
+
+def test_every_practice_row_is_accounted_for(tmp_path: Path) -> None:
+    made = [*practice_rows(500, 0), "junk", {"id": 1, "query": "x"}]
+    account = build(items("practice", made), Recipe(), tmp_path, (0.1, 0.1))
+    assert account.rows == 502 == account.kept + account.quarantined.total()
+    assert {"bad_row", "missing_key"} <= set(account.quarantined)
+    queries = [query_identity(r.query) for name in SPLITS for r in read_split(tmp_path, name)]
+    assert len(queries) == len(set(queries)) == account.kept
+    rows = training_rows(read_split(tmp_path, "train"))
+    assert all(row["completion"].endswith("<|im_end|>") for row in rows)
+
+
+KEY = st.integers(0, 30).map(str).map(str.encode)
+KEYS = st.lists(st.lists(KEY, min_size=1, max_size=4), max_size=40)
+
+
+@given(KEYS, KEYS, st.integers(0, 9))
+def test_whatever_is_added_no_key_is_in_two_splits_and_no_row_moves(
+    old: list[list[bytes]], new: list[list[bytes]], seed: int
+) -> None:
+    before, after = Splitter(seed, (0.3, 0.3)), Splitter(seed, (0.3, 0.3))
+    places = [after.place(row) for row in (*old, *new)]
+    assert [before.place(row) for row in old] == places[: len(old)]
+    of: dict[bytes, set[str]] = {}
+    for row, place in zip((*old, *new), places, strict=True):
+        for key in row if place else ():
+            of.setdefault(key, set()).add(str(place))
+    assert all(len(splits) == 1 for splits in of.values())
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=10, deadline=None)
+def test_a_row_that_shares_nothing_is_placed_whatever_came_before(seed: int) -> None:
+    rows = conversations(items("practice", practice_rows(1, seed)))
+    alone = Splitter(seed).place(identities(rows[0]))
+    crowded = Splitter(seed)
+    for n in range(50):
+        crowded.place([b"%d" % n])
+    assert crowded.place(identities(rows[0])) == alone
+
+
+def test_text_that_no_file_can_hold_is_refused() -> None:
+    row = next(iter(practice_rows(1, 0))) | {"query": "Rain in \ud800?"}
+    account = normalize_rows(items("practice", [row]))
+    assert account.quarantined == {"lone_surrogate": 1}
+
+
+def test_a_failed_build_leaves_no_half_files(tmp_path: Path) -> None:
+    def broken() -> Iterator[Item]:
+        yield from items("practice", practice_rows(10, 0))
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        build(broken(), Recipe(), tmp_path, (0.1, 0.1))
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_a_broken_line_of_a_split_is_named(tmp_path: Path) -> None:
+    build(items("practice", practice_rows(20, 0)), Recipe(), tmp_path, (0.1, 0.1))
+    with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"id": 1}\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl, line \d+"):
+        read_split(tmp_path, "train")
 
 
 @given(st.dictionaries(st.text(), JSON, min_size=2))
@@ -95,122 +219,11 @@ def test_the_canonical_text_is_json_and_ignores_the_order_of_keys(value: dict[st
     assert canonical(dict(reversed(value.items()))) == text
 
 
-TYPES = {
-    "string": st.text(),
-    "integer": st.integers(),
-    "number": st.floats(allow_nan=False, allow_infinity=False),
-    "boolean": st.booleans(),
-}
-
-
-@given(
-    st.data(),
-    st.dictionaries(st.text(min_size=1), st.sampled_from(sorted(TYPES)), min_size=1, max_size=4),
-)
-def test_verify_agrees_with_jsonschema(data: st.DataObject, types: dict[str, str]) -> None:
-    properties = {name: {"type": kind} for name, kind in types.items()}
-    schema = {"type": "object", "properties": properties, "required": sorted(types)[:1]}
-    arguments = {
-        name: data.draw(TYPES[data.draw(st.sampled_from([kind, "string"]))])
-        for name, kind in types.items()
-        if data.draw(st.booleans())
-    }
-    tool = ToolSpec(name="f", description="", parameters=schema)
-    ours = verify_call(ToolCall(name="f", arguments=arguments), {"f": tool}).ok
-    huge = any(isinstance(v, int) and abs(v) >= 10**400 for v in arguments.values())
-    assert huge or ours == Draft202012Validator(schema).is_valid(arguments)
-
-
-def nested(depth: int) -> Any:
-    value: Any = 1
-    for _ in range(depth):
-        value = {"a": value}
-    return value
-
-
-@pytest.mark.parametrize(
-    ("parameters", "arguments"),
-    [
-        ({"properties": {"s": {"pattern": "^(a+)+$"}}}, {"s": "a" * 40 + "!"}),
-        ({"$ref": "#"}, {}),
-        ({"$ref": "http://127.0.0.1:9/schema"}, {}),
-        ({"$ref": "file:///etc/passwd"}, {}),
-        ({"properties": {"x": nested(100_000)}}, {"x": 1}),
-        ({}, {"x": nested(100_000)}),
-        ({}, {"x": 10**100_000}),
-        ({"properties": {"x": {"type": "number"}}}, {"x": float("nan")}),
-        ({"type": "dict"}, {}),
-        ({"properties": {"x": {"type": "flux"}}}, {"x": 1}),
-        ({"properties": {"x": {"type": "string"}}}, {"x": 1, "\ud800": 2}),
-    ],
-    ids=[
-        "redos",
-        "self-ref",
-        "http",
-        "file",
-        "deep-schema",
-        "deep",
-        "huge",
-        "nan",
-        "dict",
-        "type",
-        "surrogate",
-    ],
-)
-def test_hostile_tools_and_calls_end_in_a_verdict(parameters: Any, arguments: Any) -> None:
-    tool = ToolSpec(name="f", description="", parameters={"type": "object", **parameters})
-    verdict = verify_call(ToolCall(name="f", arguments=arguments), {"f": tool})
-    wrong = (VerificationOutcome.MALFORMED_SPEC, VerificationOutcome.SCHEMA_VIOLATION)
-    assert verdict.result in wrong
-    assert verdict.detail
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10_000), st.integers(0, 5))
-def test_a_split_is_stable_when_rows_are_added(seed: int, extra: int) -> None:
-    made = [normalize_xlam(row) for row in practice_rows(60, 1)]
-    rows = [row for row in made if isinstance(row, Conversation)]
-    fresh = [
-        Conversation(id=1000 + n, source="x", query=f"zzz {n}", tools={}, gold_calls=(), answer="-")
-        for n in range(extra)
-    ]
-    before, after = split(rows, seed), split(rows + fresh, seed)
-    for name, part in before.items():
-        assert [r for r in after[name] if r.id < 1000] == part
-
-
 def test_a_near_miss_differs_from_gold_and_covers_both_directions() -> None:
-    from random import Random
-
-    rows = build(practice_rows(400, 0), "practice", seed=0, shares=(0.1, 0.1)).splits["train"]
+    rows = conversations(items("practice", practice_rows(400, 0)))
     pairs = [p for n, r in enumerate(rows) if (p := perturbed_pair(r, Random(n)))]
     assert len(pairs) > 0.9 * sum(bool(r.tools) for r in rows)
     assert not any(same_calls(p.chosen, p.rejected) for p in pairs)
     reasons = Counter(p.rejection_reason for p in pairs)
     assert {"over_call", "under_call", "wrong_value", "wrong_tool"} <= set(reasons)
     assert all((p.chosen == ()) == (p.rejection_reason == "over_call") for p in pairs)
-
-
-def test_every_practice_row_is_accounted_for() -> None:
-    made = [*practice_rows(500, 0), "junk", {"id": 1, "query": "x"}]
-    built = build(made, "practice", seed=0, shares=(0.1, 0.1))
-    counts = built.counts
-    assert counts["rows_in"] == 502 == counts["kept"] + counts["quarantined"]
-    assert {"bad_row", "missing_key"} <= set(built.reasons)
-    queries = [query_identity(r.query) for part in built.splits.values() for r in part]
-    assert len(queries) == len(set(queries))
-    assert all(
-        row["completion"].endswith("<|im_end|>") for row in training_rows(built.splits["train"])
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "says"), [(None, "no such file"), ("[{", "complete"), ("{}", "expected a list")]
-)
-def test_a_broken_file_says_what_to_do(tmp_path: Path, text: str | None, says: str) -> None:
-    path = tmp_path / "rows.json"
-    if text is not None:
-        path.write_text(text, encoding="utf-8")
-    with pytest.raises(SourceError, match=says) as caught:
-        load_rows(str(path), 10, 0)
-    assert str(path) in str(caught.value)

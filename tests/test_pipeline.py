@@ -45,7 +45,7 @@ def say(*words: str) -> tuple[int, str]:
     [
         (["run", "--profile", "poket"], "unknown profile 'poket'; there are: pocket"),
         (["run", "--stage", "35_sft"], "unknown stage '35_sft'; there are: 10_anchors"),
-        (["run", "-p", "lerning_rate=1"], "unknown parameter lerning_rate; there are: batch_size"),
+        (["run", "-p", "lerning_rate=1"], "unknown parameter lerning_rate; there are: abstain, batch_size"),
         (["run", "-p", "rank=many"], "stage 30_sft: parameter 'rank'"),
         (["run", "-p", "rank"], "write it as key=value"),
         (["run", "--name", "../x"], "--name '../x'"),
@@ -60,7 +60,8 @@ def test_a_mistake_is_one_message_and_a_failure(words: list[str], says: str) -> 
 
 
 def test_a_missing_data_file_is_named(run: Run) -> None:
-    code, output = say("run", "--name", run.name, "--stage", "20_data", "-p", "source=no/rows.json")
+    words = ["run", "--name", run.name, "--stage", "20_data"]
+    code, output = say(*words, "-p", "sources={xlam: no/rows.json}")
     assert code == 1
     assert "stage 20_data failed: SourceError: no/rows.json: no such file" in output
     assert not (ROOT / run.result("20_data")).exists()

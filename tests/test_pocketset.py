@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from toolpost.core.split import groups
-from toolpost.data.build import build
+from toolpost.core.split import tool_identity
+from toolpost.data.build import conversations, items
 from toolpost.data.pocketset import MIX, describe, kind_of, read_table, rows, table, type_of
 
 ROWS = rows(2000, 0)
@@ -66,7 +66,8 @@ def test_rows_have_the_layout_of_xlam() -> None:
     for at, row in enumerate(ROWS):
         calls, listed = _calls(row), json.loads(row["tools"])
         assert row["id"] == at
-        assert set(row) == {"id", "query", "answers", "tools"} | (set() if calls else {"answer"})
+        named = {"id", "group", "query", "answers", "tools"}
+        assert set(row) == named | (set() if calls else {"answer"})
         assert 1 <= len(listed) <= 4
         assert len(_tools(row)) == len(listed), "two tools share a name"
         for tool in listed:
@@ -162,11 +163,18 @@ def test_a_name_has_one_schema() -> None:
 
 def test_rows_fall_into_as_many_groups_as_there_are_shelves() -> None:
     """What a split by tool needs: groups of rows that share no tool."""
-    made = build(ROWS, "pocketset", 0, (0.1, 0.1))
-    assert set(made.reasons) <= {"repeated_query"}, "every row passes the checks of real rows"
-    sizes = [len(group) for group in groups([row for part in made.splits.values() for row in part])]
-    assert len(sizes) == len(table().shelves)
-    assert min(sizes) > 0.5 * len(ROWS) / len(sizes)
+    made = conversations(items("practice", ROWS))
+    assert len(made) == len(ROWS), "every row passes the checks of real rows"
+    groups: list[tuple[set[bytes], int]] = []  # tools, and the number of rows
+    for row in made:
+        tools, count = {tool_identity(tool) for tool in row.tools.values()}, 1
+        for group in [g for g in groups if g[0] & tools]:
+            groups.remove(group)
+            tools, count = tools | group[0], count + group[1]
+        groups.append((tools, count))
+    assert len(groups) == len(table().shelves)
+    assert len({row["group"] for row in ROWS}) == len(groups)
+    assert min(count for _, count in groups) > 0.5 * len(ROWS) / len(groups)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from toolpost.core.schema import Conversation
-from toolpost.data.build import build, training_rows
+from toolpost.data.build import conversations, items, training_rows
 from toolpost.data.pocketset import rows as practice_rows
 from toolpost.record import sha256
 from toolpost.serve.checks import ModelFolderError
@@ -22,7 +22,7 @@ def quiet(line: str) -> None:
 
 @pytest.fixture(scope="module")
 def rows() -> list[Conversation]:
-    return list(build(practice_rows(150, 0), "practice", 0, (0.1, 0.1)).splits["train"])[:64]
+    return conversations(items("practice", practice_rows(64, 0)))
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ d = {
                 "bench/bfcl.html#plan.total",
                 "toolpost/bench/bfcl.py",
             ),
+            "toolpost.bench.bfcl._asked": ("bench/bfcl.html#_asked", "toolpost/bench/bfcl.py"),
             "toolpost.bench.bfcl._category_score": (
                 "bench/bfcl.html#_category_score",
                 "toolpost/bench/bfcl.py",
@@ -92,6 +93,10 @@ d = {
             "toolpost.bench.bfcl._write": ("bench/bfcl.html#_write", "toolpost/bench/bfcl.py"),
             "toolpost.bench.bfcl.answers_are_stale": (
                 "bench/bfcl.html#answers_are_stale",
+                "toolpost/bench/bfcl.py",
+            ),
+            "toolpost.bench.bfcl.benchmark_texts": (
+                "bench/bfcl.html#benchmark_texts",
                 "toolpost/bench/bfcl.py",
             ),
             "toolpost.bench.bfcl.check_complete": (
@@ -271,8 +276,158 @@ d = {
             "toolpost.cli._summary": ("cli.html#_summary", "toolpost/cli.py"),
             "toolpost.cli._toolpost": ("cli.html#_toolpost", "toolpost/cli.py"),
             "toolpost.cli.main": ("cli.html#main", "toolpost/cli.py"),
+            "toolpost.cli.mask": ("cli.html#mask", "toolpost/cli.py"),
+            "toolpost.cli.normalize": ("cli.html#normalize", "toolpost/cli.py"),
             "toolpost.cli.publish": ("cli.html#publish", "toolpost/cli.py"),
             "toolpost.cli.run": ("cli.html#run", "toolpost/cli.py"),
+            "toolpost.cli.verify": ("cli.html#verify", "toolpost/cli.py"),
+        },
+        "toolpost.core.augment": {
+            "toolpost.core.augment.Augmented": (
+                "core/augment.html#augmented",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment.Draw": ("core/augment.html#draw", "toolpost/core/augment.py"),
+            "toolpost.core.augment.Recipe": (
+                "core/augment.html#recipe",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._about": (
+                "core/augment.html#_about",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._all_text": (
+                "core/augment.html#_all_text",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._calls": (
+                "core/augment.html#_calls",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._could_do": (
+                "core/augment.html#_could_do",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._exchange": (
+                "core/augment.html#_exchange",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._exchange_result": (
+                "core/augment.html#_exchange_result",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._in_word": (
+                "core/augment.html#_in_word",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._left": ("core/augment.html#_left", "toolpost/core/augment.py"),
+            "toolpost.core.augment._new_names": (
+                "core/augment.html#_new_names",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._redescribed": (
+                "core/augment.html#_redescribed",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._rename_offer": (
+                "core/augment.html#_rename_offer",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._retold": (
+                "core/augment.html#_retold",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._strings": (
+                "core/augment.html#_strings",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._told_apart": (
+                "core/augment.html#_told_apart",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment.abstaining": (
+                "core/augment.html#abstaining",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment.augmented": (
+                "core/augment.html#augmented",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment.draw": ("core/augment.html#draw", "toolpost/core/augment.py"),
+            "toolpost.core.augment.is_identifier": (
+                "core/augment.html#is_identifier",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment.masked": (
+                "core/augment.html#masked",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment.renamed": (
+                "core/augment.html#renamed",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment.stands_in": (
+                "core/augment.html#stands_in",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment.telling_words": (
+                "core/augment.html#telling_words",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment.texts_of": (
+                "core/augment.html#texts_of",
+                "toolpost/core/augment.py",
+            ),
+        },
+        "toolpost.core.decontaminate": {
+            "toolpost.core.decontaminate.Benchmark": (
+                "core/decontaminate.html#benchmark",
+                "toolpost/core/decontaminate.py",
+            ),
+            "toolpost.core.decontaminate.Contamination": (
+                "core/decontaminate.html#contamination",
+                "toolpost/core/decontaminate.py",
+            ),
+            "toolpost.core.decontaminate._letters": (
+                "core/decontaminate.html#_letters",
+                "toolpost/core/decontaminate.py",
+            ),
+            "toolpost.core.decontaminate._runs": (
+                "core/decontaminate.html#_runs",
+                "toolpost/core/decontaminate.py",
+            ),
+            "toolpost.core.decontaminate._share": (
+                "core/decontaminate.html#_share",
+                "toolpost/core/decontaminate.py",
+            ),
+            "toolpost.core.decontaminate._short": (
+                "core/decontaminate.html#_short",
+                "toolpost/core/decontaminate.py",
+            ),
+            "toolpost.core.decontaminate.benchmark": (
+                "core/decontaminate.html#benchmark",
+                "toolpost/core/decontaminate.py",
+            ),
+            "toolpost.core.decontaminate.contamination": (
+                "core/decontaminate.html#contamination",
+                "toolpost/core/decontaminate.py",
+            ),
+            "toolpost.core.decontaminate.known_question": (
+                "core/decontaminate.html#known_question",
+                "toolpost/core/decontaminate.py",
+            ),
+            "toolpost.core.decontaminate.known_tool": (
+                "core/decontaminate.html#known_tool",
+                "toolpost/core/decontaminate.py",
+            ),
+            "toolpost.core.decontaminate.tool_key": (
+                "core/decontaminate.html#tool_key",
+                "toolpost/core/decontaminate.py",
+            ),
+            "toolpost.core.decontaminate.words_of": (
+                "core/decontaminate.html#words_of",
+                "toolpost/core/decontaminate.py",
+            ),
         },
         "toolpost.core.format": {
             "toolpost.core.format.Answer": ("core/format.html#answer", "toolpost/core/format.py"),
@@ -317,6 +472,7 @@ d = {
                 "core/format.html#strict_json",
                 "toolpost/core/format.py",
             ),
+            "toolpost.core.format.wrap": ("core/format.html#wrap", "toolpost/core/format.py"),
         },
         "toolpost.core.metrics": {
             "toolpost.core.metrics.Count": ("core/metrics.html#count", "toolpost/core/metrics.py"),
@@ -325,64 +481,40 @@ d = {
             "toolpost.core.metrics.tally": ("core/metrics.html#tally", "toolpost/core/metrics.py"),
         },
         "toolpost.core.normalize": {
+            "toolpost.core.normalize.Normalized": (
+                "core/normalize.html#normalized",
+                "toolpost/core/normalize.py",
+            ),
+            "toolpost.core.normalize.Read": (
+                "core/normalize.html#read",
+                "toolpost/core/normalize.py",
+            ),
+            "toolpost.core.normalize.RefusedError": (
+                "core/normalize.html#refusederror",
+                "toolpost/core/normalize.py",
+            ),
             "toolpost.core.normalize.Rejection": (
                 "core/normalize.html#rejection",
                 "toolpost/core/normalize.py",
             ),
-            "toolpost.core.normalize._RefusedError": (
-                "core/normalize.html#_refusederror",
+            "toolpost.core.normalize._refusal": (
+                "core/normalize.html#_refusal",
                 "toolpost/core/normalize.py",
             ),
-            "toolpost.core.normalize._RefusedError.__init__": (
-                "core/normalize.html#_refusederror.__init__",
+            "toolpost.core.normalize.by_name": (
+                "core/normalize.html#by_name",
                 "toolpost/core/normalize.py",
             ),
-            "toolpost.core.normalize._conversation": (
-                "core/normalize.html#_conversation",
+            "toolpost.core.normalize.cut_list": (
+                "core/normalize.html#cut_list",
                 "toolpost/core/normalize.py",
             ),
-            "toolpost.core.normalize._generic": (
-                "core/normalize.html#_generic",
+            "toolpost.core.normalize.normalized": (
+                "core/normalize.html#normalized",
                 "toolpost/core/normalize.py",
             ),
-            "toolpost.core.normalize._gold": (
-                "core/normalize.html#_gold",
-                "toolpost/core/normalize.py",
-            ),
-            "toolpost.core.normalize._json_list": (
-                "core/normalize.html#_json_list",
-                "toolpost/core/normalize.py",
-            ),
-            "toolpost.core.normalize._object": (
-                "core/normalize.html#_object",
-                "toolpost/core/normalize.py",
-            ),
-            "toolpost.core.normalize._outer_parts": (
-                "core/normalize.html#_outer_parts",
-                "toolpost/core/normalize.py",
-            ),
-            "toolpost.core.normalize._parameter": (
-                "core/normalize.html#_parameter",
-                "toolpost/core/normalize.py",
-            ),
-            "toolpost.core.normalize._schema": (
-                "core/normalize.html#_schema",
-                "toolpost/core/normalize.py",
-            ),
-            "toolpost.core.normalize._word": (
-                "core/normalize.html#_word",
-                "toolpost/core/normalize.py",
-            ),
-            "toolpost.core.normalize.normalize_xlam": (
-                "core/normalize.html#normalize_xlam",
-                "toolpost/core/normalize.py",
-            ),
-            "toolpost.core.normalize.type_schema": (
-                "core/normalize.html#type_schema",
-                "toolpost/core/normalize.py",
-            ),
-            "toolpost.core.normalize.xlam_tool": (
-                "core/normalize.html#xlam_tool",
+            "toolpost.core.normalize.object_schema": (
+                "core/normalize.html#object_schema",
                 "toolpost/core/normalize.py",
             ),
         },
@@ -422,6 +554,40 @@ d = {
                 "toolpost/core/pairs.py",
             ),
         },
+        "toolpost.core.patterns": {
+            "toolpost.core.patterns.LinearPattern": (
+                "core/patterns.html#linearpattern",
+                "toolpost/core/patterns.py",
+            ),
+            "toolpost.core.patterns._char": (
+                "core/patterns.html#_char",
+                "toolpost/core/patterns.py",
+            ),
+            "toolpost.core.patterns._class": (
+                "core/patterns.html#_class",
+                "toolpost/core/patterns.py",
+            ),
+            "toolpost.core.patterns._linear": (
+                "core/patterns.html#_linear",
+                "toolpost/core/patterns.py",
+            ),
+            "toolpost.core.patterns._member": (
+                "core/patterns.html#_member",
+                "toolpost/core/patterns.py",
+            ),
+            "toolpost.core.patterns._part": (
+                "core/patterns.html#_part",
+                "toolpost/core/patterns.py",
+            ),
+            "toolpost.core.patterns._ranges": (
+                "core/patterns.html#_ranges",
+                "toolpost/core/patterns.py",
+            ),
+            "toolpost.core.patterns.linear_patterns": (
+                "core/patterns.html#linear_patterns",
+                "toolpost/core/patterns.py",
+            ),
+        },
         "toolpost.core.schema": {
             "toolpost.core.schema.Conversation": (
                 "core/schema.html#conversation",
@@ -441,6 +607,14 @@ d = {
                 "core/schema.html#toolspec",
                 "toolpost/core/schema.py",
             ),
+            "toolpost.core.schema.ToolSpec.entry_text": (
+                "core/schema.html#toolspec.entry_text",
+                "toolpost/core/schema.py",
+            ),
+            "toolpost.core.schema.ToolSpec.schema_text": (
+                "core/schema.html#toolspec.schema_text",
+                "toolpost/core/schema.py",
+            ),
             "toolpost.core.schema.VerificationOutcome": (
                 "core/schema.html#verificationoutcome",
                 "toolpost/core/schema.py",
@@ -458,14 +632,38 @@ d = {
                 "core/schema.html#canonical",
                 "toolpost/core/schema.py",
             ),
+            "toolpost.core.schema.json_line": (
+                "core/schema.html#json_line",
+                "toolpost/core/schema.py",
+            ),
             "toolpost.core.schema.same_calls": (
                 "core/schema.html#same_calls",
                 "toolpost/core/schema.py",
             ),
         },
         "toolpost.core.split": {
-            "toolpost.core.split._place": ("core/split.html#_place", "toolpost/core/split.py"),
-            "toolpost.core.split.groups": ("core/split.html#groups", "toolpost/core/split.py"),
+            "toolpost.core.split.Splitter": ("core/split.html#splitter", "toolpost/core/split.py"),
+            "toolpost.core.split.Splitter.__init__": (
+                "core/split.html#splitter.__init__",
+                "toolpost/core/split.py",
+            ),
+            "toolpost.core.split.Splitter._drawn": (
+                "core/split.html#splitter._drawn",
+                "toolpost/core/split.py",
+            ),
+            "toolpost.core.split.Splitter.place": (
+                "core/split.html#splitter.place",
+                "toolpost/core/split.py",
+            ),
+            "toolpost.core.split._hash": ("core/split.html#_hash", "toolpost/core/split.py"),
+            "toolpost.core.split._tool_identity": (
+                "core/split.html#_tool_identity",
+                "toolpost/core/split.py",
+            ),
+            "toolpost.core.split.group_identity": (
+                "core/split.html#group_identity",
+                "toolpost/core/split.py",
+            ),
             "toolpost.core.split.identities": (
                 "core/split.html#identities",
                 "toolpost/core/split.py",
@@ -474,7 +672,6 @@ d = {
                 "core/split.html#query_identity",
                 "toolpost/core/split.py",
             ),
-            "toolpost.core.split.split": ("core/split.html#split", "toolpost/core/split.py"),
             "toolpost.core.split.tool_identity": (
                 "core/split.html#tool_identity",
                 "toolpost/core/split.py",
@@ -485,20 +682,233 @@ d = {
             "toolpost.core.stats.mcnemar": ("core/stats.html#mcnemar", "toolpost/core/stats.py"),
             "toolpost.core.stats.wilson": ("core/stats.html#wilson", "toolpost/core/stats.py"),
         },
+        "toolpost.core.toolace": {
+            "toolpost.core.toolace._Dialogue": (
+                "core/toolace.html#_dialogue",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._Dialogue.hear": (
+                "core/toolace.html#_dialogue.hear",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._Reading": (
+                "core/toolace.html#_reading",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._Step": ("core/toolace.html#_step", "toolpost/core/toolace.py"),
+            "toolpost.core.toolace._after": (
+                "core/toolace.html#_after",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._arguments": (
+                "core/toolace.html#_arguments",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._dictionary": (
+                "core/toolace.html#_dictionary",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._fault": (
+                "core/toolace.html#_fault",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._finite": (
+                "core/toolace.html#_finite",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._fits": ("core/toolace.html#_fits", "toolpost/core/toolace.py"),
+            "toolpost.core.toolace._flat": ("core/toolace.html#_flat", "toolpost/core/toolace.py"),
+            "toolpost.core.toolace._is_count": (
+                "core/toolace.html#_is_count",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._is_number": (
+                "core/toolace.html#_is_number",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._is_text": (
+                "core/toolace.html#_is_text",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._keyword": (
+                "core/toolace.html#_keyword",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._kind": ("core/toolace.html#_kind", "toolpost/core/toolace.py"),
+            "toolpost.core.toolace._known": (
+                "core/toolace.html#_known",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._known_tool": (
+                "core/toolace.html#_known_tool",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._listed": (
+                "core/toolace.html#_listed",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._literal": (
+                "core/toolace.html#_literal",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._marked": (
+                "core/toolace.html#_marked",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._nested": (
+                "core/toolace.html#_nested",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._no_constant": (
+                "core/toolace.html#_no_constant",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._no_object": (
+                "core/toolace.html#_no_object",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._offered": (
+                "core/toolace.html#_offered",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._read": ("core/toolace.html#_read", "toolpost/core/toolace.py"),
+            "toolpost.core.toolace._results": (
+                "core/toolace.html#_results",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._scalar": (
+                "core/toolace.html#_scalar",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._schema": (
+                "core/toolace.html#_schema",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._sequence": (
+                "core/toolace.html#_sequence",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._settled": (
+                "core/toolace.html#_settled",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._skip": ("core/toolace.html#_skip", "toolpost/core/toolace.py"),
+            "toolpost.core.toolace._steps": (
+                "core/toolace.html#_steps",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._string": (
+                "core/toolace.html#_string",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._tools": (
+                "core/toolace.html#_tools",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._tries": (
+                "core/toolace.html#_tries",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._turns": (
+                "core/toolace.html#_turns",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._unescaped": (
+                "core/toolace.html#_unescaped",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._unicode": (
+                "core/toolace.html#_unicode",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._unique": (
+                "core/toolace.html#_unique",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._unmarked": (
+                "core/toolace.html#_unmarked",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._value": (
+                "core/toolace.html#_value",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._whole_list": (
+                "core/toolace.html#_whole_list",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace._word": ("core/toolace.html#_word", "toolpost/core/toolace.py"),
+            "toolpost.core.toolace.normalize_toolace": (
+                "core/toolace.html#normalize_toolace",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace.scan_calls": (
+                "core/toolace.html#scan_calls",
+                "toolpost/core/toolace.py",
+            ),
+            "toolpost.core.toolace.toolace_tool": (
+                "core/toolace.html#toolace_tool",
+                "toolpost/core/toolace.py",
+            ),
+        },
         "toolpost.core.verify": {
-            "toolpost.core.verify._closed": ("core/verify.html#_closed", "toolpost/core/verify.py"),
-            "toolpost.core.verify._refused": (
-                "core/verify.html#_refused",
+            "toolpost.core.verify._Copy": ("core/verify.html#_copy", "toolpost/core/verify.py"),
+            "toolpost.core.verify._Copy.__init__": (
+                "core/verify.html#_copy.__init__",
                 "toolpost/core/verify.py",
             ),
-            "toolpost.core.verify._too_big": (
-                "core/verify.html#_too_big",
+            "toolpost.core.verify._Copy.patterns": (
+                "core/verify.html#_copy.patterns",
                 "toolpost/core/verify.py",
             ),
-            "toolpost.core.verify._validator": (
-                "core/verify.html#_validator",
+            "toolpost.core.verify._Copy.target": (
+                "core/verify.html#_copy.target",
                 "toolpost/core/verify.py",
             ),
+            "toolpost.core.verify._MultipleOf": (
+                "core/verify.html#_multipleof",
+                "toolpost/core/verify.py",
+            ),
+            "toolpost.core.verify._MultipleOf.__init__": (
+                "core/verify.html#_multipleof.__init__",
+                "toolpost/core/verify.py",
+            ),
+            "toolpost.core.verify._MultipleOf.validate": (
+                "core/verify.html#_multipleof.validate",
+                "toolpost/core/verify.py",
+            ),
+            "toolpost.core.verify._Reader": ("core/verify.html#_reader", "toolpost/core/verify.py"),
+            "toolpost.core.verify._call": ("core/verify.html#_call", "toolpost/core/verify.py"),
+            "toolpost.core.verify._copied": ("core/verify.html#_copied", "toolpost/core/verify.py"),
+            "toolpost.core.verify._inside": ("core/verify.html#_inside", "toolpost/core/verify.py"),
+            "toolpost.core.verify._items": ("core/verify.html#_items", "toolpost/core/verify.py"),
+            "toolpost.core.verify._judged": ("core/verify.html#_judged", "toolpost/core/verify.py"),
+            "toolpost.core.verify._known": ("core/verify.html#_known", "toolpost/core/verify.py"),
+            "toolpost.core.verify._looked": ("core/verify.html#_looked", "toolpost/core/verify.py"),
+            "toolpost.core.verify._malformed": (
+                "core/verify.html#_malformed",
+                "toolpost/core/verify.py",
+            ),
+            "toolpost.core.verify._measure": (
+                "core/verify.html#_measure",
+                "toolpost/core/verify.py",
+            ),
+            "toolpost.core.verify._meta": ("core/verify.html#_meta", "toolpost/core/verify.py"),
+            "toolpost.core.verify._named": ("core/verify.html#_named", "toolpost/core/verify.py"),
+            "toolpost.core.verify._no_retrieval": (
+                "core/verify.html#_no_retrieval",
+                "toolpost/core/verify.py",
+            ),
+            "toolpost.core.verify._pointed": (
+                "core/verify.html#_pointed",
+                "toolpost/core/verify.py",
+            ),
+            "toolpost.core.verify._read": ("core/verify.html#_read", "toolpost/core/verify.py"),
+            "toolpost.core.verify._reader": ("core/verify.html#_reader", "toolpost/core/verify.py"),
+            "toolpost.core.verify._said": ("core/verify.html#_said", "toolpost/core/verify.py"),
+            "toolpost.core.verify._tool": ("core/verify.html#_tool", "toolpost/core/verify.py"),
+            "toolpost.core.verify._visits": ("core/verify.html#_visits", "toolpost/core/verify.py"),
+            "toolpost.core.verify._work": ("core/verify.html#_work", "toolpost/core/verify.py"),
             "toolpost.core.verify.verify_call": (
                 "core/verify.html#verify_call",
                 "toolpost/core/verify.py",
@@ -511,32 +921,113 @@ d = {
                 "core/verify.html#verify_spec",
                 "toolpost/core/verify.py",
             ),
+            "toolpost.core.verify.verify_text": (
+                "core/verify.html#verify_text",
+                "toolpost/core/verify.py",
+            ),
+        },
+        "toolpost.core.xlam": {
+            "toolpost.core.xlam._generic": ("core/xlam.html#_generic", "toolpost/core/xlam.py"),
+            "toolpost.core.xlam._gold": ("core/xlam.html#_gold", "toolpost/core/xlam.py"),
+            "toolpost.core.xlam._is_fraction": (
+                "core/xlam.html#_is_fraction",
+                "toolpost/core/xlam.py",
+            ),
+            "toolpost.core.xlam._json_list": ("core/xlam.html#_json_list", "toolpost/core/xlam.py"),
+            "toolpost.core.xlam._known_tool": (
+                "core/xlam.html#_known_tool",
+                "toolpost/core/xlam.py",
+            ),
+            "toolpost.core.xlam._no_object": ("core/xlam.html#_no_object", "toolpost/core/xlam.py"),
+            "toolpost.core.xlam._outer_parts": (
+                "core/xlam.html#_outer_parts",
+                "toolpost/core/xlam.py",
+            ),
+            "toolpost.core.xlam._parameter": ("core/xlam.html#_parameter", "toolpost/core/xlam.py"),
+            "toolpost.core.xlam._read": ("core/xlam.html#_read", "toolpost/core/xlam.py"),
+            "toolpost.core.xlam._read_type": ("core/xlam.html#_read_type", "toolpost/core/xlam.py"),
+            "toolpost.core.xlam._schema": ("core/xlam.html#_schema", "toolpost/core/xlam.py"),
+            "toolpost.core.xlam._text": ("core/xlam.html#_text", "toolpost/core/xlam.py"),
+            "toolpost.core.xlam._tools": ("core/xlam.html#_tools", "toolpost/core/xlam.py"),
+            "toolpost.core.xlam._word": ("core/xlam.html#_word", "toolpost/core/xlam.py"),
+            "toolpost.core.xlam.default_fits": (
+                "core/xlam.html#default_fits",
+                "toolpost/core/xlam.py",
+            ),
+            "toolpost.core.xlam.normalize_xlam": (
+                "core/xlam.html#normalize_xlam",
+                "toolpost/core/xlam.py",
+            ),
+            "toolpost.core.xlam.states_default": (
+                "core/xlam.html#states_default",
+                "toolpost/core/xlam.py",
+            ),
+            "toolpost.core.xlam.type_schema": (
+                "core/xlam.html#type_schema",
+                "toolpost/core/xlam.py",
+            ),
+            "toolpost.core.xlam.widened": ("core/xlam.html#widened", "toolpost/core/xlam.py"),
+            "toolpost.core.xlam.xlam_tool": ("core/xlam.html#xlam_tool", "toolpost/core/xlam.py"),
         },
         "toolpost.data.build": {
-            "toolpost.data.build.Built": ("data/build.html#built", "toolpost/data/build.py"),
-            "toolpost.data.build.Built.counts": (
-                "data/build.html#built.counts",
+            "toolpost.data.build.Account": ("data/build.html#account", "toolpost/data/build.py"),
+            "toolpost.data.build.Account.add": (
+                "data/build.html#account.add",
                 "toolpost/data/build.py",
             ),
-            "toolpost.data.build.Built.reasons": (
-                "data/build.html#built.reasons",
+            "toolpost.data.build.Account.keep": (
+                "data/build.html#account.keep",
                 "toolpost/data/build.py",
             ),
+            "toolpost.data.build.Account.refuse": (
+                "data/build.html#account.refuse",
+                "toolpost/data/build.py",
+            ),
+            "toolpost.data.build.Item": ("data/build.html#item", "toolpost/data/build.py"),
+            "toolpost.data.build.Packet": ("data/build.html#packet", "toolpost/data/build.py"),
+            "toolpost.data.build._Placing": ("data/build.html#_placing", "toolpost/data/build.py"),
+            "toolpost.data.build._Placing.__call__": (
+                "data/build.html#_placing.__call__",
+                "toolpost/data/build.py",
+            ),
+            "toolpost.data.build._Placing._refuse": (
+                "data/build.html#_placing._refuse",
+                "toolpost/data/build.py",
+            ),
+            "toolpost.data.build._contaminated": (
+                "data/build.html#_contaminated",
+                "toolpost/data/build.py",
+            ),
+            "toolpost.data.build._files": ("data/build.html#_files", "toolpost/data/build.py"),
+            "toolpost.data.build._start": ("data/build.html#_start", "toolpost/data/build.py"),
+            "toolpost.data.build._to_split": (
+                "data/build.html#_to_split",
+                "toolpost/data/build.py",
+            ),
+            "toolpost.data.build._work": ("data/build.html#_work", "toolpost/data/build.py"),
             "toolpost.data.build.build": ("data/build.html#build", "toolpost/data/build.py"),
+            "toolpost.data.build.conversations": (
+                "data/build.html#conversations",
+                "toolpost/data/build.py",
+            ),
+            "toolpost.data.build.items": ("data/build.html#items", "toolpost/data/build.py"),
+            "toolpost.data.build.normalize_rows": (
+                "data/build.html#normalize_rows",
+                "toolpost/data/build.py",
+            ),
+            "toolpost.data.build.packet": ("data/build.html#packet", "toolpost/data/build.py"),
+            "toolpost.data.build.packets": ("data/build.html#packets", "toolpost/data/build.py"),
             "toolpost.data.build.read_split": (
                 "data/build.html#read_split",
                 "toolpost/data/build.py",
             ),
+            "toolpost.data.build.summary": ("data/build.html#summary", "toolpost/data/build.py"),
             "toolpost.data.build.training_rows": (
                 "data/build.html#training_rows",
                 "toolpost/data/build.py",
             ),
-            "toolpost.data.build.without_repeats": (
-                "data/build.html#without_repeats",
-                "toolpost/data/build.py",
-            ),
-            "toolpost.data.build.write_lines": (
-                "data/build.html#write_lines",
+            "toolpost.data.build.write_packets": (
+                "data/build.html#write_packets",
                 "toolpost/data/build.py",
             ),
         },
@@ -555,6 +1046,10 @@ d = {
             ),
             "toolpost.data.pocketset.Table": (
                 "data/pocketset.html#table",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset.Table.shelf_of": (
+                "data/pocketset.html#table.shelf_of",
                 "toolpost/data/pocketset.py",
             ),
             "toolpost.data.pocketset.Table.tools": (
@@ -679,16 +1174,80 @@ d = {
             ),
         },
         "toolpost.data.sources": {
+            "toolpost.data.sources.HubFile": (
+                "data/sources.html#hubfile",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources.HubFile.page": (
+                "data/sources.html#hubfile.page",
+                "toolpost/data/sources.py",
+            ),
             "toolpost.data.sources.SourceError": (
                 "data/sources.html#sourceerror",
                 "toolpost/data/sources.py",
             ),
+            "toolpost.data.sources._Window": (
+                "data/sources.html#_window",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources._array": (
+                "data/sources.html#_array",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources._error": (
+                "data/sources.html#_error",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources._hub_cause": (
+                "data/sources.html#_hub_cause",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources._lines": (
+                "data/sources.html#_lines",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources._more": ("data/sources.html#_more", "toolpost/data/sources.py"),
+            "toolpost.data.sources._next": ("data/sources.html#_next", "toolpost/data/sources.py"),
+            "toolpost.data.sources._refuse_something_else": (
+                "data/sources.html#_refuse_something_else",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources._value": (
+                "data/sources.html#_value",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources._variables": (
+                "data/sources.html#_variables",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources._wandb_run": (
+                "data/sources.html#_wandb_run",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources.check_pin": (
+                "data/sources.html#check_pin",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources.fetch": ("data/sources.html#fetch", "toolpost/data/sources.py"),
             "toolpost.data.sources.load_rows": (
                 "data/sources.html#load_rows",
                 "toolpost/data/sources.py",
             ),
-            "toolpost.data.sources.read_rows": (
-                "data/sources.html#read_rows",
+            "toolpost.data.sources.local_file": (
+                "data/sources.html#local_file",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources.log_artifact": (
+                "data/sources.html#log_artifact",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources.sniff": ("data/sources.html#sniff", "toolpost/data/sources.py"),
+            "toolpost.data.sources.stream_rows": (
+                "data/sources.html#stream_rows",
+                "toolpost/data/sources.py",
+            ),
+            "toolpost.data.sources.use_artifact": (
+                "data/sources.html#use_artifact",
                 "toolpost/data/sources.py",
             ),
         },
@@ -1463,6 +2022,40 @@ d = {
                 "toolpost/train/dpo.py",
             ),
             "toolpost.train.dpo.train_dpo": ("train/dpo.html#train_dpo", "toolpost/train/dpo.py"),
+        },
+        "toolpost.train.masks": {
+            "toolpost.train.masks.Fault": ("train/masks.html#fault", "toolpost/train/masks.py"),
+            "toolpost.train.masks.Token": ("train/masks.html#token", "toolpost/train/masks.py"),
+            "toolpost.train.masks._check_batch": (
+                "train/masks.html#_check_batch",
+                "toolpost/train/masks.py",
+            ),
+            "toolpost.train.masks._fault": ("train/masks.html#_fault", "toolpost/train/masks.py"),
+            "toolpost.train.masks._finished": (
+                "train/masks.html#_finished",
+                "toolpost/train/masks.py",
+            ),
+            "toolpost.train.masks._first_trained": (
+                "train/masks.html#_first_trained",
+                "toolpost/train/masks.py",
+            ),
+            "toolpost.train.masks._span": ("train/masks.html#_span", "toolpost/train/masks.py"),
+            "toolpost.train.masks.check_masks": (
+                "train/masks.html#check_masks",
+                "toolpost/train/masks.py",
+            ),
+            "toolpost.train.masks.counts": ("train/masks.html#counts", "toolpost/train/masks.py"),
+            "toolpost.train.masks.to_html": ("train/masks.html#to_html", "toolpost/train/masks.py"),
+            "toolpost.train.masks.to_rich": ("train/masks.html#to_rich", "toolpost/train/masks.py"),
+            "toolpost.train.masks.token_mask": (
+                "train/masks.html#token_mask",
+                "toolpost/train/masks.py",
+            ),
+            "toolpost.train.masks.trained_tokens": (
+                "train/masks.html#trained_tokens",
+                "toolpost/train/masks.py",
+            ),
+            "toolpost.train.masks.visible": ("train/masks.html#visible", "toolpost/train/masks.py"),
         },
         "toolpost.train.merge": {
             "toolpost.train.merge.Parity": ("train/merge.html#parity", "toolpost/train/merge.py"),

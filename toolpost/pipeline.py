@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-# %% ../nbs/02_pipeline.ipynb #6ec17485
+# %% ../nbs/02_pipeline.ipynb #ddc6319e
 @dataclass(frozen=True)
 class Node:
     """A stage's place in the graph."""
@@ -55,7 +55,8 @@ class Node:
 GRAPH: Final[Mapping[str, Node]] = {
     "10_anchors": Node(rooms=("core", "bench", "serve", "models")),
     "20_data": Node(
-        rooms=("core", "data"), makes=("data/train.jsonl", "data/dev.jsonl", "data/test.jsonl")
+        rooms=("core", "data", "bench"),
+        makes=("data/train.jsonl", "data/dev.jsonl", "data/test.jsonl"),
     ),
     "30_sft": Node(
         needs=("20_data",),
@@ -89,7 +90,7 @@ def ancestors(stage: str) -> list[str]:
     return [name for name in GRAPH if name in wanted]
 
 
-# %% ../nbs/02_pipeline.ipynb #a1405666
+# %% ../nbs/02_pipeline.ipynb #4531362c
 SHARED: Final = (PACKAGE / "record.py", PACKAGE / "profile.py", ROOT / "constraints.txt")
 
 
@@ -250,7 +251,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], listene
     partial.replace(output)
 
 
-# %% ../nbs/02_pipeline.ipynb #06c83b26
+# %% ../nbs/02_pipeline.ipynb #a12ec713
 def _write_parameters(run: Run, settings: Mapping[str, Settings]) -> None:
     for stage, chosen in settings.items():
         path = run.parameters(stage)
@@ -312,7 +313,7 @@ def _page_task(run: Run) -> Task:
     return found
 
 
-# %% ../nbs/02_pipeline.ipynb #b25ab736
+# %% ../nbs/02_pipeline.ipynb #ea7bc124
 def run_stages(
     run: Run,
     settings: Mapping[str, Settings],  # of every stage
@@ -374,7 +375,7 @@ def _failure(session: Any, run: Run) -> str:
     return f"the graph could not be built; see {run.folder / 'graph.log'}"
 
 
-# %% ../nbs/02_pipeline.ipynb #119298ed
+# %% ../nbs/02_pipeline.ipynb #4e35b252
 def publish(run: Run, target: Path) -> Path:
     """Copy a finished run's report to where it is committed; give the page's path.
 
@@ -393,7 +394,7 @@ def publish(run: Run, target: Path) -> Path:
     return target / "index.html"
 
 
-# %% ../nbs/02_pipeline.ipynb #2d0fb915
+# %% ../nbs/02_pipeline.ipynb #2c635591
 def _counts(folder: Path) -> dict[str, tuple[int, int]]:
     """Give all counted scores of a report's results: (hits, n) by model and category or metric."""
     anchors = json.loads((folder / "10_anchors.json").read_text(encoding="utf-8"))["result"]

@@ -22,21 +22,25 @@ __all__ = [
     "Data",
     "Dpo",
     "Evaluation",
+    "Portion",
     "Positive",
     "ProfileError",
     "Rate",
     "Report",
     "Sft",
     "Share",
+    "SourceName",
     "Steps",
     "Training",
     "load_profile",
     "parse_overrides",
 ]
 
-# %% ../nbs/01_profile.ipynb #bbeb66aa
+# %% ../nbs/01_profile.ipynb #3b607cee
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=0.5)]
+SourceName = Literal["practice", "xlam", "toolace"]
+Portion = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Steps = Annotated[int, Field(ge=-1)]
 
@@ -56,10 +60,14 @@ class Anchors(Settings):
 class Data(Settings):
     """20_data: rows to splits."""
 
-    source: str = "practice"
+    sources: dict[SourceName, str] = {"practice": ""}  # noqa: RUF012  # pydantic copies it
     rows: Positive = 2400
     dev: Share = 0.1
     test: Share = 0.1
+    abstain: Portion = 0.1
+    masked: Portion = 0.33
+    wrapped: Portion = 0.5
+    num_proc: Positive = 1
 
 
 class Training(Settings):
@@ -113,7 +121,7 @@ STAGES: Final[Mapping[str, type[Settings]]] = {
     "80_report": Report,
 }
 
-# %% ../nbs/01_profile.ipynb #2f207cf4
+# %% ../nbs/01_profile.ipynb #d4c07db5
 PROFILES: Final = ROOT / "nbs" / "stages" / "params"
 
 

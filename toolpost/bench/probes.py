@@ -16,7 +16,7 @@ from ..core.schema import Conversation, Frozen
 __all__ = ["Probed", "complete", "probe"]
 
 
-# %% ../../nbs/bench/03_probes.ipynb #96332469
+# %% ../../nbs/bench/03_probes.ipynb #f1f40046
 def complete(
     base_url: str,  # of the server, ending in /v1
     model: str,  # as the server names it

@@ -15,6 +15,7 @@ from .schema import Conversation, Frozen, Message, ToolCall, ToolSpec
 # %% auto #0
 __all__ = [
     "END",
+    "LONGEST",
     "Answer",
     "bare",
     "completion_of",
@@ -23,6 +24,7 @@ __all__ = [
     "render_calls",
     "render_prompt",
     "strict_json",
+    "wrap",
 ]
 
 # %% ../../nbs/core/04_format.ipynb #3091d619
@@ -48,41 +50,50 @@ def bare(tool: ToolSpec) -> dict[str, Any]:
     }
 
 
-# %% ../../nbs/core/04_format.ipynb #7dc5495b
-def render_calls(calls: Sequence[ToolCall]) -> str:
+# %% ../../nbs/core/04_format.ipynb #84908023
+def wrap(tool: ToolSpec) -> dict[str, Any]:
+    """Give a tool the way the OpenAI API shows it."""
+    return {"type": "function", "function": bare(tool)}
+
+
+# %% ../../nbs/core/04_format.ipynb #85e99930
+def render_calls(
+    calls: Sequence[ToolCall],
+    escaped: bool = True,  # non-ASCII characters are written as BFCL does; Qwen's template does not
+) -> str:
     """Write calls as the model has to: one tagged JSON object each, newlines inside the tags."""
-    return "\n".join(
-        "<tool_call>\n" + json.dumps({"name": c.name, "arguments": c.arguments}) + "\n</tool_call>"
-        for c in calls
-    )
+    objects = ({"name": c.name, "arguments": c.arguments} for c in calls)
+    texts = (json.dumps(call, ensure_ascii=escaped) for call in objects)
+    return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
 
 
-# %% ../../nbs/core/04_format.ipynb #a3ace73a
-def _system(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
+# %% ../../nbs/core/04_format.ipynb #71f0789e
+def _system(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], escaped: bool) -> str:
     own = messages[0].content if messages and messages[0].role == "system" else None
     if tools:
-        listed = "".join(f"\n{json.dumps(tool)}" for tool in tools)
+        listed = "".join(f"\n{json.dumps(tool, ensure_ascii=escaped)}" for tool in tools)
         parts = [f"{own}\n\n" if own is not None else "", _TOOLS, listed, _HOW]
         return f"<|im_start|>system\n{''.join(parts)}{END}\n"
     return "" if own is None else f"<|im_start|>system\n{own}{END}\n"
 
 
-def _assistant(message: Message) -> str:
+def _assistant(message: Message, escaped: bool) -> str:
     gap = "\n" if message.content and message.tool_calls else ""
-    calls = render_calls(message.tool_calls)
+    calls = render_calls(message.tool_calls, escaped)
     return f"<|im_start|>assistant\n{message.content}{gap}{calls}{END}\n"
 
 
-# %% ../../nbs/core/04_format.ipynb #a20f015a
+# %% ../../nbs/core/04_format.ipynb #0345d39d
 def render_prompt(
     messages: Sequence[Message],  # the dialogue so far; it ends with a user or a tool turn
     tools: Sequence[Mapping[str, Any]] = (),  # as they are to be printed, see `bare`
+    escaped: bool = True,  # non-ASCII characters of tools and calls
 ) -> str:
     """Render a prompt up to and including the line that opens the assistant's turn."""
-    text = _system(messages, tools)
+    text = _system(messages, tools, escaped)
     for at, message in enumerate(messages):
         if message.role == "assistant":
-            text += _assistant(message)
+            text += _assistant(message, escaped)
         elif message.role == "tool":
             first = at == 0 or messages[at - 1].role != "tool"
             last = at + 1 == len(messages) or messages[at + 1].role != "tool"
@@ -94,11 +105,13 @@ def render_prompt(
     return text + "<|im_start|>assistant\n"
 
 
-# %% ../../nbs/core/04_format.ipynb #317705e7
+# %% ../../nbs/core/04_format.ipynb #daf88d94
 def prompt_of(row: Conversation) -> str:
     """Render the prompt of a conversation."""
-    messages = [*row.history, Message(role="user", content=row.query)]
-    return render_prompt(messages, [bare(tool) for tool in row.tools.values()])
+    asked = row.history[-1:] and row.history[-1].role == "tool"  # the request came before
+    messages = [*row.history, *([] if asked else [Message(role="user", content=row.query)])]
+    tools = [wrap(tool) if row.wrapped else bare(tool) for tool in row.tools.values()]
+    return render_prompt(messages, tools, escaped=not row.wrapped)
 
 
 def completion_of(calls: Sequence[ToolCall], answer: str | None = None) -> str:
@@ -112,9 +125,9 @@ def completion_of(calls: Sequence[ToolCall], answer: str | None = None) -> str:
     return (render_calls(calls) if calls else str(answer)) + END
 
 
-# %% ../../nbs/core/04_format.ipynb #4adfcbd5
+# %% ../../nbs/core/04_format.ipynb #2276ab82
 _BLOCK: Final = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
-_MAX_BLOCK: Final = 100_000  # characters; no honest call is longer
+LONGEST: Final = 100_000  # characters of a JSON text; no honest call is longer
 
 
 class Answer(Frozen):
@@ -130,7 +143,7 @@ class Answer(Frozen):
         return not self.calls and not self.errors
 
 
-# %% ../../nbs/core/04_format.ipynb #204c2dda
+# %% ../../nbs/core/04_format.ipynb #9b5f0fd2
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -149,18 +162,21 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
+_STRICT: Final = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_constant
+)
+
+
 def strict_json(text: str) -> Any:
     """Read JSON; refuse NaN, infinities, duplicate keys and texts beyond 100,000 characters.
 
     Raises:
         ValueError: the text is not strict JSON, or nested too deeply to be read.
     """
-    if len(text) > _MAX_BLOCK:
+    if len(text) > LONGEST:
         raise ValueError(f"{len(text):,} characters are too many")
     try:
-        return json.loads(
-            text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_constant
-        )
+        return _STRICT.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

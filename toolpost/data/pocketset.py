@@ -66,7 +66,7 @@ class Domain(Frozen):
     tools: tuple[Tool, ...]
 
 
-# %% ../../nbs/data/00_pocketset.ipynb #fb94cb8f
+# %% ../../nbs/data/00_pocketset.ipynb #c4ec35bf
 class Table(Frozen):
     """Everything rows are made of; the file says what each part is for."""
 
@@ -84,6 +84,10 @@ class Table(Frozen):
     def tools(self) -> list[Tool]:
         """All tools, in the order of the file."""
         return [tool for domain in self.domains.values() for tool in domain.tools]
+
+    def shelf_of(self, domain: str) -> tuple[str, ...]:
+        """Give the shelf that a domain stands on."""
+        return next(shelf for shelf in self.shelves if domain in shelf)
 
 
 # %% ../../nbs/data/00_pocketset.ipynb #7370d7a8
@@ -103,7 +107,7 @@ def _tool(entry: dict[str, Any]) -> Tool:
     return Tool(**entry | {"takes": {p.names[0]: p for p in takes}})
 
 
-# %% ../../nbs/data/00_pocketset.ipynb #e4f4d9de
+# %% ../../nbs/data/00_pocketset.ipynb #164add18
 _RANGE: Final = re.compile(r"(\d+(?:\.\d+)?)\.\.(\d+(?:\.\d+)?)(?:/(\d+(?:\.\d+)?))?")
 _PART: Final = re.compile(r"\{([^}]+)\}|[#^]")
 
@@ -137,7 +141,7 @@ def draw(
     return _PART.sub(part, rng.choice(kinds[kind]))
 
 
-# %% ../../nbs/data/00_pocketset.ipynb #89088e5c
+# %% ../../nbs/data/00_pocketset.ipynb #d8069f30
 def type_of(kind: str) -> str:
     """Give the type of a kind, spelt as in xLAM."""
     if kind == "bool":
@@ -194,7 +198,7 @@ def _template_faults(template: str, tool: Tool) -> Iterator[str]:
         yield "what is in <> holds nothing that two calls must differ in"
 
 
-# %% ../../nbs/data/00_pocketset.ipynb #3c56e788
+# %% ../../nbs/data/00_pocketset.ipynb #a7adfc5e
 def _value_suits(value: Any, kind: str) -> bool:
     types = {"bool": bool, "int": int, "float": int | float, "str": str}
     wanted = types.get(type_of(kind))
@@ -268,7 +272,7 @@ def table() -> Table:
     return read_table(file.read_text(encoding="utf-8"))
 
 
-# %% ../../nbs/data/00_pocketset.ipynb #e527640d
+# %% ../../nbs/data/00_pocketset.ipynb #b2b91535
 @dataclass(frozen=True)
 class Pen:
     """What one row is written with."""
@@ -359,7 +363,7 @@ def _with_context(query: str, domain: Domain, pen: Pen) -> str:
     return _AN.sub(r"\1n ", query)
 
 
-# %% ../../nbs/data/00_pocketset.ipynb #9b8a29b6
+# %% ../../nbs/data/00_pocketset.ipynb #a1b20c8b
 def _offer(tool: Tool, rng: random.Random) -> tuple[dict[str, Any], dict[str, str]]:
     """List a tool under one of its names; also give the name of each parameter there."""
     at = rng.randrange(len(tool.names))
@@ -376,7 +380,7 @@ def _offer(tool: Tool, rng: random.Random) -> tuple[dict[str, Any], dict[str, st
     return listing, shown
 
 
-# %% ../../nbs/data/00_pocketset.ipynb #49e09eb7
+# %% ../../nbs/data/00_pocketset.ipynb #3f94de73
 MIX: Final = {"one call": 55, "parallel": 15, "two tools": 10, "no tool": 20}  # percent of the rows
 _SMALL_TALK: Final = 0.25  # share of the "no tool" rows
 _ON_OFFER: Final = {1: 56, 2: 25, 3: 12, 4: 7}  # percent of the rows; "two tools" has at least two
@@ -386,9 +390,9 @@ def _weighted(shares: dict[Any, int], rng: random.Random) -> Any:
     return rng.choices(list(shares), weights=list(shares.values()))[0]
 
 
-# %% ../../nbs/data/00_pocketset.ipynb #36f0a6b9
+# %% ../../nbs/data/00_pocketset.ipynb #7336e6ac
 def _distractors(domain: str, taken: Sequence[Tool], count: int, pen: Pen) -> list[Tool]:
-    shelf = next(shelf for shelf in pen.table.shelves if domain in shelf)
+    shelf = pen.table.shelf_of(domain)
     domains = pen.table.domains
     near = [tool for tool in domains[domain].tools if tool not in taken]
     far = [t for name in shelf if name != domain for t in domains[name].tools if t not in taken]
@@ -420,7 +424,7 @@ def _ask(
     return _compose([text for _, text, _ in said], pen), [(t, calls[0]) for t, _, calls in said]
 
 
-# %% ../../nbs/data/00_pocketset.ipynb #ef380ab8
+# %% ../../nbs/data/00_pocketset.ipynb #cc86ed06
 def _row(index: int, seed: int) -> dict[str, Any]:
     pen = Pen(table(), random.Random(f"{seed}:{index}"))
     kind = _weighted(MIX, pen.rng)
@@ -439,6 +443,7 @@ def _row(index: int, seed: int) -> dict[str, Any]:
         calls.append({"name": listing["name"], "arguments": renamed})
     row = {
         "id": index,
+        "group": " and ".join(pen.table.shelf_of(domain)),
         "query": _with_context(query, pen.table.domains[domain], pen),
         "answers": json.dumps(calls),
         "tools": json.dumps([listing for listing, _ in offers.values()]),
@@ -446,14 +451,15 @@ def _row(index: int, seed: int) -> dict[str, Any]:
     return row if calls else row | {"answer": pen.rng.choice(pen.table.answers)}
 
 
-# %% ../../nbs/data/00_pocketset.ipynb #b4dde829
+# %% ../../nbs/data/00_pocketset.ipynb #e11ff1e8
 def rows(
     n: int,  # how many
     seed: int,  # another seed gives other rows
 ) -> list[dict[str, Any]]:
     """Make rows in the layout of xLAM: `id`, `query` and the JSON texts `answers` and `tools`.
 
-    A row where no tool fits has no calls in `answers`, and a fourth field: `answer`, what to say.
+    `group` names the shelf, for a split that keeps a shelf on one side. A row where no tool fits
+    has no calls in `answers`, and one more field: `answer`, what to say.
     The first rows of a longer list are the rows of a shorter one.
     """
     return [_row(index, seed) for index in range(n)]
