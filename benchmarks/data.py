@@ -197,7 +197,7 @@ def table(results: dict[str, Any]) -> str:
     def ratio(one: str, other: str) -> Callable[[Any], str]:
         return lambda c: f"{c['cpu_us_per_row'][one] / c['cpu_us_per_row'][other]:.1f}"
 
-    add("real rows, repeated to", lambda c: f"{c['real_rows']:,} → {c['rows']['toolpost']:,}")
+    add("real rows → repeated to", lambda c: f"{c['real_rows']:,} → {c['rows']['toolpost']:,}")
     add("`toolpost normalize`, rows/s on one core", rate("toolpost"))
     add("… rows/s with every tool new", rate("first"))
     add("whole data stage, rows/s on one core", rate("stage"))

@@ -131,10 +131,18 @@ of_v(
     lambda: {"anyOf": [{"pattern": f"a[ab]{{{n}}}[c-e]"} for n in range(50)]},
     AB[:9_000],
 )
-of_v(VIOLATION, "inside: wide classes", {"pattern": r"\w{150}-"}, "é" * 10_000)
+of_v(MALFORMED, "outside: wide classes", {"pattern": r"\w{150}-"}, "é" * 10_000)
+of_v(VIOLATION, "inside: wide classes", {"pattern": r"\w{60}-"}, "é" * 10_000)
 of_v(
-    VIOLATION, "inside: wide classes, wide letters", {"pattern": r"\w{150}-"}, "\U00020000" * 10_000
+    VIOLATION, "inside: wide classes, wide letters", {"pattern": r"\w{60}-"}, "\U00020000" * 10_000
 )
+of_v(
+    MALFORMED,
+    "many patterns that are allowed one by one",
+    lambda: {"allOf": [{"pattern": rf"\w{{60}}{n}"} for n in range(700)]},
+    "a",
+)
+calls(Outcome.VALID, "no arguments for a schema without end", {}, properties={"l": {"$ref": "#"}})
 of_v(MALFORMED, "pattern 400 deep", {"pattern": "(" * 400 + ")" * 400}, "a")
 of_v(
     VIOLATION,
@@ -320,10 +328,33 @@ text(MALFORMED, "tools 100,000 deep", tools=lambda: '{"a":' * 20_000)
 text(MALFORMED, "a tool without parameters", tools='[{"name": "f"}]')
 text(MALFORMED, "two tools of one name", tools=lambda: f"[{F[1:-1]}, {F[1:-1]}]")
 text(
-    MALFORMED,
+    Outcome.UNKNOWN_TOOL,
     "a tool that is never called",
     tools='[{"name": "g", "parameters": {"type": "dict"}}]',
 )
+
+
+def _patterned(count: int) -> str:
+    """Give tools whose patterns are dear, each another one."""
+    schemas = [
+        {"type": "object", "properties": {"v": {"pattern": rf"\w{{60}}{n}"}}} for n in range(count)
+    ]
+    return json.dumps([{"name": f"f{n}", "parameters": s} for n, s in enumerate(schemas)])
+
+
+text(
+    VIOLATION, "700 tools with patterns", '{"name": "f0", "arguments": {"v": ""}}', _patterned(700)
+)
+text(
+    VIOLATION,
+    "every one of 32 calls needs another pattern",
+    lambda: json.dumps(
+        [{"name": f"f{n}", "arguments": {"v": "a" * 60 + str(n)}} for n in range(31)]
+        + [{"name": "f31", "arguments": {"v": ""}}]
+    ),
+    _patterned(32),
+)
+text(Outcome.UNPARSEABLE, "33 calls", lambda: json.dumps([{"name": "f", "arguments": {}}] * 33), F)
 
 
 def _judged(name: str) -> dict[str, Any]:

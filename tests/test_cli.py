@@ -1,11 +1,15 @@
 """What a person types to look at data: normalize, verify, mask."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from toolpost.core.schema import Conversation
@@ -104,6 +108,48 @@ def test_verify_prints_the_result(call: Any, outcome: str, code: int, tmp_path: 
 
 def test_verify_names_a_file_that_is_not_there(tmp_path: Path) -> None:
     done = toolpost("verify", "call.json", "tools.json", cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "call.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_verify_reads_no_more_than_it_accepts(tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text("[]", encoding="utf-8")
+    done = toolpost("verify", "/dev/zero", "tools.json", cwd=tmp_path)
+    assert json.loads(done.stdout)["result"] == "unparseable"
+
+
+@pytest.mark.parametrize("words", [["7"], ["7", "--model", "nope"], ["7", "--split", "nope"]])
+def test_mask_without_its_row_is_one_message(words: list[str], tmp_path: Path) -> None:
+    done = toolpost("mask", *words, "--name", "never-run", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert done.stderr
+
+
+def running(group: int) -> list[str]:
+    """Give the commands of a process group that still run."""
+    found = [p for p in psutil.process_iter() if os.getpgid(p.pid) == group]
+    return [" ".join(p.cmdline()) for p in found if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("after", [0.5, 0.7, 1.0, 2.0])
+def test_ctrl_c_stops_all_processes_with_one_line(after: float, tmp_path: Path) -> None:
+    row = json.dumps(practice_rows(1, 0)[0])
+    with (tmp_path / "rows.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(row + "\n" for _ in range(300_000))
+    command = [str(Path(sys.executable).with_name("toolpost")), "normalize", "--source", "xlam"]
+    command += ["rows.jsonl", "--num-proc", "2", "--out", "o"]
+    run = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    time.sleep(after)
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert len(said.splitlines()) == 1, said
+    assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())
+    until = time.monotonic() + 20
+    while running(run.pid) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not running(run.pid)

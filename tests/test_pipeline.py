@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from toolpost.core.format import completion_of
+from toolpost.data.build import read_split
 from toolpost.pipeline import GRAPH, Run, RunError, compare, only_one, publish
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +48,10 @@ def say(*words: str) -> tuple[int, str]:
     [
         (["run", "--profile", "poket"], "unknown profile 'poket'; there are: pocket"),
         (["run", "--stage", "35_sft"], "unknown stage '35_sft'; there are: 10_anchors"),
-        (["run", "-p", "lerning_rate=1"], "unknown parameter lerning_rate; there are: abstain, batch_size"),
+        (
+            ["run", "-p", "lerning_rate=1"],
+            "unknown parameter lerning_rate; there are: abstain, batch_size",
+        ),
         (["run", "-p", "rank=many"], "stage 30_sft: parameter 'rank'"),
         (["run", "-p", "rank"], "write it as key=value"),
         (["run", "--name", "../x"], "--name '../x'"),
@@ -127,6 +133,12 @@ def test_a_run_killed_in_the_middle_of_sft_leaves_nothing_and_goes_on(run: Run) 
 
     code, output = say(*words)
     assert (code, output.strip()) == (0, "30_sft is up to date")
+
+    row = read_split(ROOT / run.folder / "data", "train")[0]
+    code, output = say("mask", str(row.id), "--name", run.name)
+    assert code == 0
+    trained = "".join(re.findall("«(.*?)»", output)).replace("·", " ").replace("↵", "\n")
+    assert trained == completion_of(row.gold_calls, row.answer)
 
 
 def test_ctrl_c_is_one_message_and_leaves_nothing(run: Run) -> None:

@@ -450,10 +450,30 @@ def test_a_last_turn_without_an_answer_is_not_used() -> None:
         ([("user", "\ud800"), CALLS], "bad_unicode"),
         ([ASK, ("assistant", "[weather(city=7)]")], "schema_violation"),
         ([ASK] * 1000, "bad_turns"),
+        ([ASK, ("assistant", "([weather]=>['city'=Lima])")], "bad_call"),
+        ([ASK, ("assistant", '<weather:{"city"-Lima}>')], "bad_call"),
+        ([ASK, ("assistant", "{weather|['city'|Lima]}")], "bad_call"),
+        ([ASK, ("assistant", '{"name": "weather", "arguments": {"city": "Lima"}}')], "bad_call"),
+        ([ASK, ("assistant", "Action: weather (city='Lima')")], "bad_call"),
+        ([ASK, ("assistant", "print(functions.weather(city='Lima'))")], "bad_call"),
+        ([ASK, ("assistant", "[weather]")], "bad_call"),
     ],
 )
 def test_dialogues_that_cannot_be_used(talk: list[tuple[str, str]], why: str) -> None:
     assert reason(made([WEATHER], *talk)) == why
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1] According to the report, yes.",
+        "[Docs](https://a.b) say so.",
+        "The weather (city) is new.",
+    ],
+)
+def test_prose_with_brackets_is_no_call(text: str) -> None:
+    (step,) = steps(made([WEATHER], ASK, ("assistant", text)))
+    assert (step.gold_calls, step.answer) == ((), text)
 
 
 @pytest.mark.parametrize("row", [None, 7, "row", [], {}, {"system": ""}, {"conversations": []}])

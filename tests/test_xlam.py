@@ -91,6 +91,12 @@ def test_every_type_spelling_of_the_corpus_is_understood(rows: dict[int, Any]) -
         ("int | None", {"anyOf": [{"type": "integer"}, {"type": "null"}]}),
         ("Optional[str]", {"anyOf": [{"type": "string"}, {"type": "null"}]}),
         ("STR", {"type": "string"}),
+        ("Literal['a', 2]", {"enum": ["a", 2]}),
+        ("Literal[b'a']", {}),
+        ("Tuple[()]", {"type": "array"}),
+        ("Union[()]", {}),
+        ("Tuple[None, int]", {"prefixItems": [{"type": "null"}, {"type": "integer"}]}),
+        ("str (optional)", {"type": "string"}),
         ("Flux", {}),
         ("Flux[int]", {}),
         ("date (yyyy-mm-dd)", {}),
@@ -115,7 +121,16 @@ def test_a_tuple_has_its_length() -> None:
 
 
 @pytest.mark.parametrize(
-    "spelling", ["int, optional", "INT , Optional", "Optional[int]", "int,optional, default 3"]
+    "spelling",
+    [
+        "int, optional",
+        "INT , Optional",
+        "Optional[int]",
+        "typing.Optional[int]",
+        "int,optional, default 3",
+        "int, default 3",
+        "int (optional)",
+    ],
 )
 def test_the_optional_marker_is_seen_whatever_its_case(spelling: str) -> None:
     assert type_schema(spelling)[1]

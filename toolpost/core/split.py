@@ -18,18 +18,24 @@ from .schema import Conversation, ToolSpec, canonical
 __all__ = ["SPLITS", "Splitter", "group_identity", "identities", "query_identity", "tool_identity"]
 
 
-# %% ../../nbs/core/03_split.ipynb #b26733c5
+# %% ../../nbs/core/03_split.ipynb #49e2a623
 def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
 @functools.lru_cache(maxsize=8192)
 def _tool_identity(name: str, schema_text: str) -> bytes:
-    return _hash(f"tool:{name}:{canonical(json.loads(schema_text))}")
+    properties = json.loads(schema_text).get("properties", {})
+    kinds = {key: value.get("type") for key, value in properties.items() if isinstance(value, dict)}
+    return _hash(f"tool:{name.lower()}:{canonical(kinds)}")
 
 
 def tool_identity(tool: ToolSpec) -> bytes:
-    """Give the identity of a tool: its name and its schema, not its description; 12 bytes."""
+    """Give the identity of a tool: its name, its parameters and their types; 12 bytes.
+
+    Tools of equal name and schema have equal identities; so have tools that differ only in what
+    is said about them.
+    """
     return _tool_identity(tool.name, tool.schema_text)
 
 

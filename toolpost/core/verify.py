@@ -49,18 +49,19 @@ def _measure(value: dict[str, Any]) -> int:
     raise ValueError(f"nested more than {_LEVELS} deep")
 
 
-# %% ../../nbs/core/01_verify.ipynb #d3466439
+# %% ../../nbs/core/01_verify.ipynb #f3bbe2d4
 def _items(box: Any, below: list[Any]) -> int:
     """Check the items of one object or list; give its characters, put what it holds in `below`."""
     size, items = 0, box
     if type(box) is dict:
         items = box.values()
-        for key in box:
-            if type(key) is not str:
-                raise ValueError(f"a key of type {type(key).__name__}")
-            size += len(key)
-            if not key.isascii():
-                key.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+        try:
+            keys = "".join(box)
+        except TypeError:
+            raise ValueError("a key that is no text") from None
+        size += len(keys)
+        if not keys.isascii():
+            keys.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
     for item in items:
         kind = type(item)
         if kind is str:
@@ -190,7 +191,7 @@ class _MultipleOf:
             raise ValueError(f"{value} is not a multiple of {self.step}")
 
 
-# %% ../../nbs/core/01_verify.ipynb #509072ad
+# %% ../../nbs/core/01_verify.ipynb #e3ff3788
 def _looked(one: LinearPattern) -> dict[str, Any]:
     """Write a look-ahead as a schema; like every pattern it says nothing of what is no string."""
     return {"pattern": one.text} if one.wanted else {"not": {"type": "string", "pattern": one.text}}
@@ -306,8 +307,11 @@ class _Reader(NamedTuple):
     job: _Copy
 
 
-# %% ../../nbs/core/01_verify.ipynb #6a0799b8
-def _reader(schema: Any) -> _Reader:
+# %% ../../nbs/core/01_verify.ipynb #33884cdc
+def _reader(
+    schema: Any,
+    room: int,  # bytes that a compiled pattern may take
+) -> _Reader:
     """Compile a schema for arguments.
 
     Raises:
@@ -324,24 +328,40 @@ def _reader(schema: Any) -> _Reader:
         name, place = job.waiting.pop()
         if name not in job.targets:
             job.targets[name] = _copied(place, job)
-    if _work(job.targets.values(), None, job) == math.inf:
+    once = not job.names and not job.weight  # each schema is visited once
+    if not once and _work(job.targets.values(), None, job) == math.inf:
         raise ValueError("a schema that refers to itself, or too often, without descending")
     definitions = {name[8:]: target for name, target in job.targets.items() if name != "#"}
     engine = jsonschema_rs.Draft202012Validator(
         {**root, "$defs": definitions} if definitions else root,
         validate_formats=False,
         retriever=_no_retrieval,
-        pattern_options=jsonschema_rs.RegexOptions(),
+        pattern_options=jsonschema_rs.RegexOptions(size_limit=room),
         keywords={_FRACTION: _MultipleOf},
     )
-    return _Reader(engine, _work([root], _ANY, job), root, job)
+    cost = sum(job.costs.values()) if once else _work([root], _ANY, job)
+    return _Reader(engine, cost, root, job)
 
 
-# %% ../../nbs/core/01_verify.ipynb #922b3487
+# %% ../../nbs/core/01_verify.ipynb #53d0fe49
 @functools.lru_cache(maxsize=4096)
+def _cheap(schema_text: str) -> _Reader | str:
+    return _compiled(schema_text, 1 << 16)
+
+
+@functools.lru_cache(maxsize=32)
+def _dear(schema_text: str) -> _Reader | str:
+    return _compiled(schema_text, 1 << 22)
+
+
 def _known(schema_text: str) -> _Reader | str:
+    reader = _cheap(schema_text)
+    return _dear(schema_text) if type(reader) is str and '"pattern' in schema_text else reader
+
+
+def _compiled(schema_text: str, room: int) -> _Reader | str:
     try:
-        return _reader(strict_json(schema_text))
+        return _reader(strict_json(schema_text), room // max(1, schema_text.count('"pattern')))
     except ValueError as problem:
         return _said(problem)
 
@@ -377,7 +397,7 @@ def verify_spec(tool: ToolSpec) -> VerificationResult:
     return _malformed(f"tool {tool.name[:80]!a}: {reader}") if isinstance(reader, str) else _VALID
 
 
-# %% ../../nbs/core/01_verify.ipynb #9b79fe39
+# %% ../../nbs/core/01_verify.ipynb #3844212e
 _EXPLAINED: Final = 1_000_000  # cost times size
 
 
@@ -389,7 +409,7 @@ def _judged(reader: _Reader, arguments: dict[str, Any]) -> str | None:
     """
     size = _measure(arguments)
     cost = reader.cost
-    if cost * size > _WORK:
+    if not cost * size <= _WORK:  # infinity times 0 is no number
         cost = _work([reader.root], arguments, reader.job)
     if cost > _WORK:
         raise ValueError("these arguments would take this schema too much work")
@@ -455,7 +475,10 @@ def _tool(value: Any) -> ToolSpec:
     return ToolSpec(name=name, description=about, parameters=schema)
 
 
-# %% ../../nbs/core/01_verify.ipynb #9fcbaf4e
+# %% ../../nbs/core/01_verify.ipynb #f51d8006
+_CALLS: Final = 32  # of one answer; each may take its time
+
+
 def verify_text(
     call_text: str,  # JSON: {"name", "arguments"}, or a list of such calls
     tools_text: str,  # JSON: a list of tools, bare or as {"type": "function", "function": {...}}
@@ -464,6 +487,8 @@ def verify_text(
     try:
         found = strict_json(call_text)
         calls = [_call(value) for value in (found if isinstance(found, list) else [found])]
+        if len(calls) > _CALLS:
+            raise ValueError(f"{len(calls)} calls are more than {_CALLS}")
     except ValueError as problem:
         detail = f"the call: {str(problem)[:300]}"
         return VerificationResult(result=VerificationOutcome.UNPARSEABLE, detail=detail)
@@ -477,5 +502,4 @@ def verify_text(
     tools = {tool.name: tool for tool in specs}
     if len(tools) < len(specs):
         return _malformed("the tools: two tools have one name")
-    broken = [result for result in map(verify_spec, specs) if not result.ok]
-    return broken[0] if broken else verify_calls(calls, tools)
+    return verify_calls(calls, tools)

@@ -55,7 +55,7 @@ def _word(word: str) -> dict[str, Any]:
     return {"type": kind} if kind else {}
 
 
-# %% ../../nbs/core/09_xlam.ipynb #66f6d4d7
+# %% ../../nbs/core/09_xlam.ipynb #cf72d6d6
 def _schema(node: ast.expr) -> dict[str, Any]:
     if isinstance(node, ast.Constant) and node.value is None:
         return {"type": "null"}
@@ -67,30 +67,38 @@ def _schema(node: ast.expr) -> dict[str, Any]:
         return {"anyOf": [_schema(node.left), _schema(node.right)]}
     if not isinstance(node, ast.Subscript):
         return {}
-    head = node.value.attr if isinstance(node.value, ast.Attribute) else None
-    head = node.value.id if isinstance(node.value, ast.Name) else head
     inside = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-    return _generic(head.lower(), inside) if head else {}
+    return _generic(_head(node.value), inside)
 
 
-# %% ../../nbs/core/09_xlam.ipynb #5ef5445a
+def _head(node: ast.expr) -> str:
+    name = node.attr if isinstance(node, ast.Attribute) else node
+    return (name.id if isinstance(name, ast.Name) else str(name)).lower()
+
+
+# %% ../../nbs/core/09_xlam.ipynb #a7cc0ad4
 def _generic(head: str, inside: list[ast.expr]) -> dict[str, Any]:
-    if head in ("union", "optional"):
+    constants = [i.value for i in inside if isinstance(i, ast.Constant)]
+    if head == "literal" and inside and len(constants) == len(inside) and ... not in constants:
+        return {"enum": constants}
+    if head in ("union", "optional") and inside:
         options = [_schema(i) for i in inside] + [{"type": "null"}] * (head == "optional")
         return options[0] if len(options) == 1 else {"anyOf": options}
-    if head == "tuple" and not any(isinstance(i, ast.Constant) for i in inside):
+    if head == "tuple" and inside and ... not in constants:
         count = len(inside)
         fixed = {"prefixItems": [_schema(i) for i in inside], "items": False}
         return {"type": "array", **fixed, "minItems": count, "maxItems": count}
-    if head in ("list", "set", "tuple", "array"):
-        return {"type": "array", "items": _schema(inside[0])} if inside else {"type": "array"}
+    if head in ("list", "set", "tuple", "array") and inside:
+        return {"type": "array", "items": _schema(inside[0])}
     if head == "dict" and len(inside) == 2:
         return {"type": "object", "additionalProperties": _schema(inside[1])}
     return _word(head)
 
 
-# %% ../../nbs/core/09_xlam.ipynb #424b4256
+# %% ../../nbs/core/09_xlam.ipynb #0d6f3b2f
 _LONGEST: Final = 300  # characters of a type
+_LEAVABLE: Final = re.compile(r"\s*(optional\s*$|default\b)", re.IGNORECASE)
+_MARKED: Final = re.compile(r"\s*\(\s*optional\s*\)\s*$", re.IGNORECASE)  # str (optional)
 
 
 def _outer_parts(text: str) -> list[str]:
@@ -104,17 +112,19 @@ def _outer_parts(text: str) -> list[str]:
     return parts
 
 
-# %% ../../nbs/core/09_xlam.ipynb #a0b5db1d
+# %% ../../nbs/core/09_xlam.ipynb #dec14b81
 @functools.lru_cache(maxsize=4096)
 def _read_type(text: str) -> tuple[str, bool]:
-    head, *modifiers = _outer_parts(text)
-    optional = any(m.strip().lower() == "optional" for m in modifiers)
+    head, *modifiers = _outer_parts(_MARKED.sub(", optional", text))
+    optional = any(_LEAVABLE.match(modifier) for modifier in modifiers)
     try:
-        schema = _schema(ast.parse(head.strip(), mode="eval").body)
-    except (SyntaxError, ValueError):
-        schema = {}
-    nullable = head.strip().lower().startswith("optional[")
-    return json.dumps(schema), optional or nullable
+        node = ast.parse(head.strip(), mode="eval").body
+        schema = _schema(node)
+        written = json.dumps(schema, allow_nan=False)  # a literal may be no JSON
+    except (SyntaxError, ValueError, TypeError):
+        return "{}", optional
+    nullable = isinstance(node, ast.Subscript) and _head(node.value) == "optional"
+    return written, optional or nullable
 
 
 def type_schema(
@@ -127,7 +137,7 @@ def type_schema(
     return json.loads(schema), optional
 
 
-# %% ../../nbs/core/09_xlam.ipynb #76aafb9f
+# %% ../../nbs/core/09_xlam.ipynb #1087bae7
 _NESTED: Final = ("array", "object")
 _TYPES: Final[Mapping[type, tuple[str, ...]]] = {
     str: ("string",),
@@ -198,7 +208,7 @@ def _parameter(name: str, about: Any) -> tuple[dict[str, Any], bool, bool]:
     return schema, not (optional or given or states_default(description)), given and not fits
 
 
-# %% ../../nbs/core/09_xlam.ipynb #cbc372cc
+# %% ../../nbs/core/09_xlam.ipynb #b911d35a
 def xlam_tool(tool: Any) -> tuple[ToolSpec, int]:
     """Turn one entry of an xLAM row's tools into a tool, and count the defaults it lost.
 
@@ -215,7 +225,7 @@ def xlam_tool(tool: Any) -> tuple[ToolSpec, int]:
     required = [name for name, (_, needed, _) in read.items() if needed]
     spec = ToolSpec(
         name=tool["name"],
-        description=str(tool.get("description", "")),
+        description=str(tool.get("description") or ""),
         parameters=object_schema(properties, required),
     )
     if not (result := verify_spec(spec)).ok:
@@ -248,18 +258,18 @@ def _gold(call: Any) -> ToolCall:
     return ToolCall(name=call["name"], arguments=call["arguments"])
 
 
-# %% ../../nbs/core/09_xlam.ipynb #86bfd7d0
+# %% ../../nbs/core/09_xlam.ipynb #e9556086
 @functools.lru_cache(maxsize=8192)
-def _known_tool(text: str) -> tuple[ToolSpec, int]:
-    return xlam_tool(strict_json(text))
+def _known_tool(piece: str) -> tuple[ToolSpec, int]:
+    return xlam_tool(strict_json(f'{{"name": {piece}}}'))
 
 
-# %% ../../nbs/core/09_xlam.ipynb #c732eb07
+# %% ../../nbs/core/09_xlam.ipynb #fb195a71
 def _tools(text: str) -> list[tuple[ToolSpec, int]]:
     try:
         return [_known_tool(piece) for piece in cut_list(text)]
     except ValueError:  # the guess was wrong
-        return [_known_tool(json.dumps(tool)) for tool in _json_list(text, "tools")]
+        return [xlam_tool(tool) for tool in _json_list(text, "tools")]
 
 
 # %% ../../nbs/core/09_xlam.ipynb #168b29c1

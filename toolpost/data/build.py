@@ -48,7 +48,7 @@ __all__ = [
     "write_packets",
 ]
 
-# %% ../../nbs/data/02_build.ipynb #b9d7d5fd
+# %% ../../nbs/data/02_build.ipynb #16a0d919
 READERS: Final[Mapping[str, Callable[[Any, int, str], Normalized]]] = {
     "practice": normalize_xlam,
     "xlam": normalize_xlam,
@@ -70,17 +70,17 @@ class Packet(NamedTuple):
     source: str
     id: int | None
     rejection: Rejection | None
-    plain: tuple[str, ...]  # its conversations as JSON text
+    plain: tuple[bytes, ...]  # its conversations as lines of JSON
     calls: int
     valid_calls: int
     dropped_defaults: int
     opening: bytes = b""  # identity of its first question
     keys: tuple[bytes, ...] = ()  # all that ties it to other rows
-    train: tuple[str, ...] = ()  # its conversations as training sees them
+    train: tuple[bytes, ...] = ()  # its conversations as training sees them
     kinds: tuple[str, ...] = ()  # what was done for training
 
 
-# %% ../../nbs/data/02_build.ipynb #a68c9827
+# %% ../../nbs/data/02_build.ipynb #2058d018
 def _contaminated(found: Iterable[Conversation], benchmark: Benchmark) -> Rejection | None:
     for row in found:
         if why := contamination(row, benchmark):
@@ -104,7 +104,7 @@ def packet(
     except PydanticSerializationError:
         detail = "a text holds half a surrogate pair, which no file can hold"
         where = {"id": found[0].id, "source": item.source, "stage": "normalize"}
-        refused = Rejection(reason="lone_surrogate", detail=detail, **where)
+        refused = Rejection(reason="bad_unicode", detail=detail, **where)
     if refused:
         return Packet(item.source, refused.id, refused, (), *counts)
     if recipe is None:
@@ -131,22 +131,31 @@ def _to_split(
     )
 
 
-# %% ../../nbs/data/02_build.ipynb #99b8d627
+# %% ../../nbs/data/02_build.ipynb #815cdf16
 _BATCH: Final = 500  # rows
 _JOB: Final[list[Callable[[Item], Packet]]] = []  # of a worker: what it does with a row
 
 
 def _start(recipe: Recipe | None, benchmark: Benchmark | None) -> None:
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     _JOB.append(functools.partial(packet, recipe, benchmark))
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Hold Ctrl-C back; a process that is started now never hears it, its parent does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(batch: list[Item]) -> list[Packet]:
     return [_JOB[0](item) for item in batch]
 
 
-# %% ../../nbs/data/02_build.ipynb #3c0f2fcc
+# %% ../../nbs/data/02_build.ipynb #e4beeab1
 def items(source: str, rows: Iterable[Any]) -> Iterator[Item]:
     """Number the rows of a source."""
     return (Item(source, at, row) for at, row in enumerate(rows))
@@ -158,7 +167,7 @@ def packets(
     benchmark: Benchmark | None = None,
     num_proc: int = 1,
 ) -> Iterator[Packet]:
-    """Give the packet of every row, in order; memory does not depend on the number of rows."""
+    """Give the packet of every row, in order; only a few batches are in memory."""
     if num_proc == 1:
         yield from (packet(recipe, benchmark, item) for item in rows)
         return
@@ -167,7 +176,8 @@ def packets(
     with ProcessPoolExecutor(num_proc, context, _start, (recipe, benchmark)) as pool:
         under_way: deque[Future[list[Packet]]] = deque()
         while batch := list(islice(rows, _BATCH)):
-            under_way.append(pool.submit(_work, batch))
+            with _deaf():  # the pool may start a process
+                under_way.append(pool.submit(_work, batch))
             if len(under_way) > 2 * num_proc:
                 yield from under_way.popleft().result()
         while under_way:
@@ -230,22 +240,29 @@ def summary(account: Account) -> dict[str, Any]:
     }
 
 
-# %% ../../nbs/data/02_build.ipynb #c2ce8b97
+# %% ../../nbs/data/02_build.ipynb #9b100639
+_GATHERED: Final = 1 << 18  # bytes
+
+
 @contextlib.contextmanager
-def _files(folder: Path | None, names: Iterable[str]) -> Iterator[Mapping[str, IO[str]]]:
-    with contextlib.ExitStack() as stack:
-        if folder is None:
-            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+def _files(folder: Path | None, names: Iterable[str]) -> Iterator[Mapping[str, IO[bytes]]]:
+    if folder is None:
+        with Path(os.devnull).open("wb") as nowhere:
             yield dict.fromkeys(names, nowhere)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = {name: folder / f"{name}.partial" for name in names}
-        yield {n: stack.enter_context(p.open("w", encoding="utf-8")) for n, p in partial.items()}
-    for name, path in partial.items():
-        path.replace(folder / f"{name}.jsonl")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = {name: folder / f"{name}.partial" for name in names}
+    try:
+        with contextlib.ExitStack() as stack:
+            yield {n: stack.enter_context(p.open("wb", _GATHERED)) for n, p in partial.items()}
+        for name, path in partial.items():
+            path.replace(folder / f"{name}.jsonl")
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
 
 
-# %% ../../nbs/data/02_build.ipynb #60c51275
+# %% ../../nbs/data/02_build.ipynb #a0bae28a
 def write_packets(
     packets: Iterable[Packet],
     folder: Path | None,  # None: only count
@@ -260,12 +277,12 @@ def write_packets(
             to = packet.rejection or place(packet)
             if isinstance(to, Rejection):
                 account.refuse(to)
-                files["quarantine"].write(to.model_dump_json() + "\n")
+                files["quarantine"].write(to.model_dump_json().encode() + b"\n")
                 continue
             lines = packet.train if to == "train" else packet.plain
             account.keep(to, len(lines))
             account.augmented.update(packet.kinds if to == "train" else ())
-            files[to].writelines(line + "\n" for line in lines)
+            files[to].writelines(lines)
     return account
 
 
@@ -308,7 +325,7 @@ class _Placing:
         return Rejection(reason=reason, detail=detail, **where)
 
 
-# %% ../../nbs/data/02_build.ipynb #4f247b7c
+# %% ../../nbs/data/02_build.ipynb #9736f552
 def build(
     rows: Iterable[Item],
     recipe: Recipe,

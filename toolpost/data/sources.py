@@ -80,8 +80,8 @@ def _refuse_something_else(path: Path, head: bytes) -> None:
             raise SourceError(f"{path} is {what.replace('FILE', str(path))}.")
 
 
-# %% ../../nbs/data/01_sources.ipynb #ee7ce792
-CHUNK: Final = 1 << 20  # bytes read at a time
+# %% ../../nbs/data/01_sources.ipynb #a75097f5
+CHUNK: Final = 1 << 18  # bytes read at a time
 MAX_ROW: Final = 1 << 26  # characters; the longest real row has 12 thousand
 
 
@@ -214,7 +214,7 @@ def sniff(row: Any) -> Corpus | None:
     return found[0] if len(found) == 1 else None
 
 
-# %% ../../nbs/data/01_sources.ipynb #908514e7
+# %% ../../nbs/data/01_sources.ipynb #3534666a
 def stream_rows(
     path: Path,  # a JSON array of rows, or JSON lines; UTF-8
     chunk: int = CHUNK,  # bytes read at a time
@@ -237,7 +237,7 @@ def stream_rows(
                 raise SourceError(f"{path} {what}.")
             yield from _array(window) if first == "[" else _lines(window)
     except FileNotFoundError:
-        way = "Download it from the data set's page and pass its path, or use the source 'practice'"
+        way = "Download it from the data set's page and pass its path"
         raise SourceError(f"{path}: no such file. {way}.") from None
     except IsADirectoryError:
         raise SourceError(f"{path} is a folder. Pass the file of rows in it.") from None

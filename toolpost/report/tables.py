@@ -406,7 +406,7 @@ def say(statement: Statement) -> str:
     return f"{told}: {seen.after} right, {seen.before} before ({numbers})."
 
 
-# %% ../../nbs/report/01_tables.ipynb #7e605971
+# %% ../../nbs/report/01_tables.ipynb #bbaaf7a8
 def _silent(models: Mapping[str, ModelScores]) -> list[str]:
     """Name the models that have everything right where silence is right, and nothing else."""
     out = []
@@ -459,7 +459,7 @@ class Table:
         return to_html(self)
 
 
-# %% ../../nbs/report/01_tables.ipynb #6df76bb1
+# %% ../../nbs/report/01_tables.ipynb #b162bfba
 def _td(cell: Cell, tag: str) -> str:
     kind = f' class="{cell.tone}"' if cell.tone else ""
     scope = ' scope="row"' if tag == "th" else ""
@@ -507,7 +507,7 @@ def to_rich(table: Table) -> RichTable:
     return out
 
 
-# %% ../../nbs/report/01_tables.ipynb #7617d36f
+# %% ../../nbs/report/01_tables.ipynb #de86b101
 def _range(score: Interval) -> str:
     return f"{100 * score.low:.0f}{DASH}{100 * score.high:.0f}"
 
@@ -554,7 +554,7 @@ READING: Final = (
 )
 
 
-# %% ../../nbs/report/01_tables.ipynb #f187442c
+# %% ../../nbs/report/01_tables.ipynb #bbb2cb24
 def headline(models: Mapping[str, ModelScores], ceiling: Sequence[Published] = ()) -> Table:
     """Give the main table: base, SFT, DPO and what was published, by official group."""
     rows = []
@@ -594,7 +594,7 @@ def _changes(models: Mapping[str, ModelScores], old: str, new: str) -> dict[str,
     return {c: _change_cell(seen[c], adjusted.get(c, 1.0)) for c in SINGLE_TURN}
 
 
-# %% ../../nbs/report/01_tables.ipynb #6035a67f
+# %% ../../nbs/report/01_tables.ipynb #a88c2578
 def categories(models: Mapping[str, ModelScores], ceiling: Sequence[Published] = ()) -> Table:
     """Give every category: each model's score, the published one, and the paired differences."""
     scores = {m: category_scores(s) for m, s in models.items()}
@@ -628,7 +628,7 @@ def categories(models: Mapping[str, ModelScores], ceiling: Sequence[Published] =
     return Table("Every category", head, tuple(rows), (note,))
 
 
-# %% ../../nbs/report/01_tables.ipynb #f8804daf
+# %% ../../nbs/report/01_tables.ipynb #85b2b7cd
 _HEADING: Final = {"Irrelevance": "Irrelevance: must not call"}
 
 
@@ -694,7 +694,7 @@ def metric_rows(counts: Mapping[str, Mapping[str, Count]]) -> list[Row]:
     return rows
 
 
-# %% ../../nbs/report/01_tables.ipynb #30364479
+# %% ../../nbs/report/01_tables.ipynb #46b38cf0
 def harness_table(ruler: Mapping[str, ModelScores]) -> Table:
     """Give the scores of the answers that need no model."""
     words = {"oracle": "the right answer", "null": "no answer", "always": "always a call"}
@@ -729,16 +729,17 @@ def bullets(lines: Sequence[str]) -> Markup:
     return Markup(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>")
 
 
-# %% ../../nbs/report/01_tables.ipynb #3f8f9c56
+# %% ../../nbs/report/01_tables.ipynb #e5aa3d4f
 def data_table(records: Records) -> Table:
-    """Give how many rows came in, were kept, and why the others were not."""
+    """Give how many rows came in and were kept, why others were not, and what was changed."""
     counts = part(records, "20_data", "counts", dict[str, int]) or {}
-    reasons = part(records, "20_data", "reasons", dict[str, int]) or {}
     rows = [(Cell(name.replace("_", " ")), Cell(f"{n:,}")) for name, n in counts.items()]
-    rows += [
-        (Cell(f"quarantined: {why.replace('_', ' ')}"), Cell(f"{n:,}"))
-        for why, n in reasons.items()
-    ]
+    for key, label in (("reasons", "quarantined"), ("augmented", "training rows changed")):
+        found = part(records, "20_data", key, dict[str, int]) or {}
+        rows += [
+            (Cell(f"{label}: {name.replace('_', ' ')}"), Cell(f"{n:,}"))
+            for name, n in found.items()
+        ]
     return Table(
         "Data", ("rows", "count"), tuple(rows or [(Cell("20_data"), Cell(NOT_RUN, "", "muted"))])
     )
@@ -758,7 +759,7 @@ def samples(records: Records) -> Markup:
     )
 
 
-# %% ../../nbs/report/01_tables.ipynb #fda1901f
+# %% ../../nbs/report/01_tables.ipynb #90c3f8ef
 def curve(records: Records, stage: str, key: str = "curve") -> list[dict[str, Any]]:
     """Give what a training stage logged; empty if it was not run."""
     return part(records, stage, key, list[dict[str, Any]]) or []
@@ -782,7 +783,7 @@ def training_table(records: Records) -> Table:
     return Table("Training", ("what", "count"), tuple(rows))
 
 
-# %% ../../nbs/report/01_tables.ipynb #0c47feec
+# %% ../../nbs/report/01_tables.ipynb #ac5a02c9
 def _cut(models: Mapping[str, ModelScores]) -> list[str]:
     said = []
     for m, scores in models.items():
@@ -850,7 +851,7 @@ def provenance(records: Records) -> Table:
     return Table("Stages", head, tuple(rows), notes)
 
 
-# %% ../../nbs/report/01_tables.ipynb #d64aa0ad
+# %% ../../nbs/report/01_tables.ipynb #ae7471f2
 def inputs(records: Records) -> Table:
     """Give the SHA-256 of everything that a stage read."""
     rows = [
