@@ -60,11 +60,13 @@ def floor(file: Path, source: str, out: Path) -> None:  # noqa: ARG001
     """Parse the JSON of every row, and that inside it."""
     with file.open(encoding="utf-8") as opened:
         rows = json.load(opened)
+    decoder = json.JSONDecoder()
     for row in rows:
         if source == "xlam":
             json.loads(row["tools"]), json.loads(row["answers"])
         elif (at := row["system"].find(MARKER)) >= 0:
-            json.JSONDecoder().raw_decode(row["system"], at + len(MARKER))
+            decoder.raw_decode(row["system"], at + len(MARKER))
+            [json.loads(t["value"]) for t in row["conversations"] if t["from"] == "tool"]
 
 
 def toolpost(file: Path, source: Any, out: Path, num_proc: int = 1) -> None:

@@ -504,7 +504,7 @@ def scan_calls(
     return tuple(calls)
 
 
-# %% ../../nbs/core/10_toolace.ipynb #a449feb3
+# %% ../../nbs/core/10_toolace.ipynb #51d38c28
 _NO_CALL: Final = re.compile(r"\[([^\[\](){}=]*)\]")  # [1] According to ..., [Docs](https://...)
 _CALLING: Final = re.compile(  # what follows the name of a tool in a call, be it ours or not
     r"""["'\]]*\s*(?:\(\s*(?:\)|["'$\w -]+=)|=>|:\s*\{|\|\s*[\[{'"])"""
@@ -513,9 +513,7 @@ _CALLING: Final = re.compile(  # what follows the name of a tool in a call, be i
 
 def _tries(text: str, tools: Mapping[str, ToolSpec]) -> bool:
     start = text.lstrip()
-    if start[:1] in ("<", "{"):
-        return True
-    if start[:1] == "[":
+    if start[:1] in ("[", "<", "{"):
         prose = _NO_CALL.match(start)
         return not prose or prose[1].strip() in tools
     return any(

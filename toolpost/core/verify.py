@@ -49,7 +49,7 @@ def _measure(value: dict[str, Any]) -> int:
     raise ValueError(f"nested more than {_LEVELS} deep")
 
 
-# %% ../../nbs/core/01_verify.ipynb #f3bbe2d4
+# %% ../../nbs/core/01_verify.ipynb #0e7b6e9e
 def _items(box: Any, below: list[Any]) -> int:
     """Check the items of one object or list; give its characters, put what it holds in `below`."""
     size, items = 0, box
@@ -62,6 +62,17 @@ def _items(box: Any, below: list[Any]) -> int:
         size += len(keys)
         if not keys.isascii():
             keys.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+    try:
+        texts = "".join(items)  # of most calls all arguments are texts
+    except TypeError:
+        return size + _mixed(items, below)
+    if not texts.isascii():
+        texts.encode()
+    return size + len(texts)
+
+
+def _mixed(items: Any, below: list[Any]) -> int:
+    size = 0
     for item in items:
         kind = type(item)
         if kind is str:
