@@ -354,7 +354,7 @@ def _reader(
     return _Reader(engine, cost, root, job)
 
 
-# %% ../../nbs/core/01_verify.ipynb #53d0fe49
+# %% ../../nbs/core/01_verify.ipynb #c5491f21
 @functools.lru_cache(maxsize=4096)
 def _cheap(schema_text: str) -> _Reader | str:
     return _compiled(schema_text, 1 << 16)
@@ -372,7 +372,8 @@ def _known(schema_text: str) -> _Reader | str:
 
 def _compiled(schema_text: str, room: int) -> _Reader | str:
     try:
-        return _reader(strict_json(schema_text), room // max(1, schema_text.count('"pattern')))
+        many = schema_text.count('"pattern') if '"pattern' in schema_text else 1
+        return _reader(strict_json(schema_text), room // many)
     except ValueError as problem:
         return _said(problem)
 

@@ -80,7 +80,7 @@ def _refuse_something_else(path: Path, head: bytes) -> None:
             raise SourceError(f"{path} is {what.replace('FILE', str(path))}.")
 
 
-# %% ../../nbs/data/01_sources.ipynb #a75097f5
+# %% ../../nbs/data/01_sources.ipynb #26f8a166
 CHUNK: Final = 1 << 18  # bytes read at a time
 MAX_ROW: Final = 1 << 26  # characters; the longest real row has 12 thousand
 
@@ -97,17 +97,17 @@ class _Window:
     )
     text: str = ""
     at: int = 0
-    line: int = 1  # in which the text begins
     read: int = 0  # bytes
     row: int = 1  # that is being read; the first is 1
     ended: bool = False  # the file has no more bytes
 
 
-# %% ../../nbs/data/01_sources.ipynb #4e329ce7
+# %% ../../nbs/data/01_sources.ipynb #2df4c93a
 def _error(window: _Window, at: int, what: str) -> SourceError:
-    line = window.line + window.text.count("\n", 0, at)
     pending = len(window.decoder.getstate()[0])
     byte = window.read - pending - len(window.text[at:].encode())
+    with window.path.open("rb") as again:  # to count lines on the way would cost as much as reading
+        line = 1 + again.read(byte).count(b"\n")
     return SourceError(f"{window.path}, row {window.row} (line {line}, byte {byte}): {what}")
 
 
@@ -120,7 +120,6 @@ def _more(window: _Window) -> None:
     raw = window.file.read(max(window.chunk, unused))
     window.ended = not raw
     window.read += len(raw)
-    window.line += window.text.count("\n", 0, window.at)
     try:
         window.text = window.text[window.at :] + window.decoder.decode(raw, window.ended)
     except UnicodeDecodeError as problem:
@@ -130,12 +129,17 @@ def _more(window: _Window) -> None:
     window.at = 0
 
 
-# %% ../../nbs/data/01_sources.ipynb #669a49eb
+# %% ../../nbs/data/01_sources.ipynb #6dfadf8d
 _DECODER: Final = json.JSONDecoder()
 _EDGE: Final = 9  # characters of the longest word, -Infinity
 
 
+_AHEAD: Final = 1 << 15  # characters; most rows are shorter
+
+
 def _value(window: _Window) -> Any:
+    if len(window.text) - window.at < _AHEAD and not window.ended:
+        _more(window)  # to try and fail is dear: the error counts the lines before it
     while True:
         try:
             value, end = _DECODER.raw_decode(window.text, window.at)
