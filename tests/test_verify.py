@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
+from toolpost.core.normalize import Normalized
 from toolpost.core.schema import (
     Conversation,
     ToolCall,
@@ -369,18 +370,14 @@ def agreement(rows: list[Conversation]) -> Counter[bool]:
 
 
 @real
-def test_xlam_gold_calls_and_their_mutants_get_the_same_verdict_from_both_engines() -> None:
-    rows = json.loads((SHARED / "xlam_rows.json").read_text(encoding="utf-8"))
-    read = [c for at, row in enumerate(rows) for c in normalize_xlam(row, at).conversations]
-    found = agreement(read)
-    assert found[True] > 1_000 < found[False]
-
-
-@real
-def test_toolace_gold_calls_and_their_mutants_get_the_same_verdict_from_both_engines() -> None:
-    rows = json.loads((SHARED / "toolace_rows.json").read_text(encoding="utf-8"))
-    read = [c for at, row in enumerate(rows) for c in normalize_toolace(row, at).conversations]
-    found = agreement(read)
+@pytest.mark.parametrize(
+    ("corpus", "read"), [("xlam", normalize_xlam), ("toolace", normalize_toolace)]
+)
+def test_gold_calls_and_their_mutants_get_the_same_verdict_from_both_engines(
+    corpus: str, read: Callable[[Any, int], Normalized]
+) -> None:
+    rows = json.loads((SHARED / f"{corpus}_rows.json").read_text(encoding="utf-8"))
+    found = agreement([c for at, row in enumerate(rows) for c in read(row, at).conversations])
     assert found[True] > 1_000 < found[False]
 
 

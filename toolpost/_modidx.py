@@ -441,8 +441,6 @@ d = {
                 "core/format.html#_assistant",
                 "toolpost/core/format.py",
             ),
-            "toolpost.core.format._call": ("core/format.html#_call", "toolpost/core/format.py"),
-            "toolpost.core.format._finite": ("core/format.html#_finite", "toolpost/core/format.py"),
             "toolpost.core.format._no_constant": (
                 "core/format.html#_no_constant",
                 "toolpost/core/format.py",
@@ -450,10 +448,12 @@ d = {
             "toolpost.core.format._system": ("core/format.html#_system", "toolpost/core/format.py"),
             "toolpost.core.format._unique": ("core/format.html#_unique", "toolpost/core/format.py"),
             "toolpost.core.format.bare": ("core/format.html#bare", "toolpost/core/format.py"),
+            "toolpost.core.format.call_of": ("core/format.html#call_of", "toolpost/core/format.py"),
             "toolpost.core.format.completion_of": (
                 "core/format.html#completion_of",
                 "toolpost/core/format.py",
             ),
+            "toolpost.core.format.finite": ("core/format.html#finite", "toolpost/core/format.py"),
             "toolpost.core.format.parse_answer": (
                 "core/format.html#parse_answer",
                 "toolpost/core/format.py",
@@ -468,6 +468,10 @@ d = {
             ),
             "toolpost.core.format.render_prompt": (
                 "core/format.html#render_prompt",
+                "toolpost/core/format.py",
+            ),
+            "toolpost.core.format.strict_decoder": (
+                "core/format.html#strict_decoder",
                 "toolpost/core/format.py",
             ),
             "toolpost.core.format.strict_json": (
@@ -501,6 +505,14 @@ d = {
             ),
             "toolpost.core.normalize._refusal": (
                 "core/normalize.html#_refusal",
+                "toolpost/core/normalize.py",
+            ),
+            "toolpost.core.normalize.accepts": (
+                "core/normalize.html#accepts",
+                "toolpost/core/normalize.py",
+            ),
+            "toolpost.core.normalize.as_object": (
+                "core/normalize.html#as_object",
                 "toolpost/core/normalize.py",
             ),
             "toolpost.core.normalize.by_name": (
@@ -717,10 +729,6 @@ d = {
                 "core/toolace.html#_fault",
                 "toolpost/core/toolace.py",
             ),
-            "toolpost.core.toolace._finite": (
-                "core/toolace.html#_finite",
-                "toolpost/core/toolace.py",
-            ),
             "toolpost.core.toolace._fits": ("core/toolace.html#_fits", "toolpost/core/toolace.py"),
             "toolpost.core.toolace._flat": ("core/toolace.html#_flat", "toolpost/core/toolace.py"),
             "toolpost.core.toolace._is_count": (
@@ -762,14 +770,6 @@ d = {
             ),
             "toolpost.core.toolace._nested": (
                 "core/toolace.html#_nested",
-                "toolpost/core/toolace.py",
-            ),
-            "toolpost.core.toolace._no_constant": (
-                "core/toolace.html#_no_constant",
-                "toolpost/core/toolace.py",
-            ),
-            "toolpost.core.toolace._no_object": (
-                "core/toolace.html#_no_object",
                 "toolpost/core/toolace.py",
             ),
             "toolpost.core.toolace._offered": (
@@ -830,10 +830,6 @@ d = {
                 "core/toolace.html#_unicode",
                 "toolpost/core/toolace.py",
             ),
-            "toolpost.core.toolace._unique": (
-                "core/toolace.html#_unique",
-                "toolpost/core/toolace.py",
-            ),
             "toolpost.core.toolace._unmarked": (
                 "core/toolace.html#_unmarked",
                 "toolpost/core/toolace.py",
@@ -887,7 +883,6 @@ d = {
                 "toolpost/core/verify.py",
             ),
             "toolpost.core.verify._Reader": ("core/verify.html#_reader", "toolpost/core/verify.py"),
-            "toolpost.core.verify._call": ("core/verify.html#_call", "toolpost/core/verify.py"),
             "toolpost.core.verify._cheap": ("core/verify.html#_cheap", "toolpost/core/verify.py"),
             "toolpost.core.verify._compiled": (
                 "core/verify.html#_compiled",
@@ -955,7 +950,6 @@ d = {
                 "core/xlam.html#_known_tool",
                 "toolpost/core/xlam.py",
             ),
-            "toolpost.core.xlam._no_object": ("core/xlam.html#_no_object", "toolpost/core/xlam.py"),
             "toolpost.core.xlam._outer_parts": (
                 "core/xlam.html#_outer_parts",
                 "toolpost/core/xlam.py",

@@ -18,11 +18,14 @@ __all__ = [
     "LONGEST",
     "Answer",
     "bare",
+    "call_of",
     "completion_of",
+    "finite",
     "parse_answer",
     "prompt_of",
     "render_calls",
     "render_prompt",
+    "strict_decoder",
     "strict_json",
     "wrap",
 ]
@@ -67,7 +70,7 @@ def render_calls(
     return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
 
 
-# %% ../../nbs/core/04_format.ipynb #71f0789e
+# %% ../../nbs/core/04_format.ipynb #8bd21842
 def _system(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], escaped: bool) -> str:
     own = messages[0].content if messages and messages[0].role == "system" else None
     if tools:
@@ -143,7 +146,7 @@ class Answer(Frozen):
         return not self.calls and not self.errors
 
 
-# %% ../../nbs/core/04_format.ipynb #9b5f0fd2
+# %% ../../nbs/core/04_format.ipynb #52ec0bbe
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -151,7 +154,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
+    """Read a number with a point or an exponent.
+
+    Raises:
+        ValueError: it is too large for a double.
+    """
     value = float(text)
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"{text[:20]} is too large for a number")
@@ -162,9 +170,19 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
-_STRICT: Final = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_float=_finite, parse_constant=_no_constant
-)
+def strict_decoder(
+    controls: bool = False,  # allow line breaks and the like inside strings
+) -> json.JSONDecoder:
+    """Give a decoder that raises ValueError for NaN, infinities and duplicate keys."""
+    return json.JSONDecoder(
+        object_pairs_hook=_unique,
+        parse_float=finite,
+        parse_constant=_no_constant,
+        strict=not controls,
+    )
+
+
+_STRICT: Final = strict_decoder()
 
 
 def strict_json(text: str) -> Any:
@@ -181,9 +199,13 @@ def strict_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-# %% ../../nbs/core/04_format.ipynb #892a1e4a
-def _call(text: str) -> ToolCall:
-    value = strict_json(text)
+# %% ../../nbs/core/04_format.ipynb #a50224f8
+def call_of(value: Any) -> ToolCall:
+    """Take JSON for a call.
+
+    Raises:
+        ValueError: it is no object with exactly a name and arguments.
+    """
     if not isinstance(value, dict) or set(value) != {"name", "arguments"}:
         raise ValueError("a call is an object with exactly the keys 'name' and 'arguments'")
     if not isinstance(value["name"], str) or not isinstance(value["arguments"], dict):
@@ -199,7 +221,7 @@ def parse_answer(
     calls, errors = [], []
     for block in _BLOCK.findall(text):
         try:
-            calls.append(_call(block))
+            calls.append(call_of(strict_json(block)))
         except ValueError as problem:
             errors.append(str(problem))
     prose = _BLOCK.sub("", text).strip()
