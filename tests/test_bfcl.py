@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -22,16 +24,22 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from toolpost.bench.bfcl import (
+    CATEGORIES,
+    MULTI_TURN,
+    NON_LIVE,
     SINGLE_TURN,
     BenchError,
     CategoryScore,
     ModelScores,
+    Overall,
     Plan,
     check_complete,
     check_server,
+    cluster,
     generate,
     groups,
     keep_good_rows,
+    overall,
     questions,
     result_file,
     sample_ids,
@@ -40,7 +48,7 @@ from toolpost.bench.bfcl import (
     write_plan,
     write_rows,
 )
-from toolpost.bench.harness import ANSWERS, oracle_calls, prove, write_answers
+from toolpost.bench.harness import ANSWERS, deviations, oracle_calls, prove, write_answers
 from toolpost.core.format import render_calls
 
 CODE = Path(str(files("toolpost"))).parent
@@ -100,6 +108,10 @@ SIZES = {
     "live_parallel_multiple": 24,
     "live_irrelevance": 884,
     "live_relevance": 16,
+    "multi_turn_base": 200,
+    "multi_turn_miss_func": 200,
+    "multi_turn_miss_param": 200,
+    "multi_turn_long_context": 200,
 }
 
 
@@ -120,7 +132,7 @@ def test_the_oracle_misses_only_what_nobody_can_hit(
         "live_multiple_964-207-0",
     }
     rounded = {name: round(100 * value, 2) for name, value in groups(scores).items()}
-    assert rounded == {"non_live": 99.75, "live": 99.70, "irrelevance": 100}
+    assert rounded == {"non_live": 99.75, "live": 99.70, "irrelevance": 100, "multi_turn": 100}
 
 
 def test_saying_nothing_scores_nothing_but_irrelevance(
@@ -128,7 +140,7 @@ def test_saying_nothing_scores_nothing_but_irrelevance(
 ) -> None:
     scores = proof[1]["null"]
     assert hits(scores) == dict.fromkeys(SIZES, 0) | {"irrelevance": 240, "live_irrelevance": 884}
-    assert groups(scores) == {"non_live": 0, "live": 0, "irrelevance": 1}
+    assert groups(scores) == {"non_live": 0, "live": 0, "irrelevance": 1, "multi_turn": 0}
 
 
 def test_always_calling_scores_nothing_but_relevance(
@@ -138,6 +150,81 @@ def test_always_calling_scores_nothing_but_relevance(
     some = {"live_simple": 1, "live_multiple": 20, "live_relevance": 16}
     assert hits(scores) == dict.fromkeys(SIZES, 0) | some
     assert groups(scores)["irrelevance"] == 0
+
+
+def test_the_check_finds_nothing_and_sees_what_is_wrong(
+    proof: tuple[Path, dict[str, ModelScores]],
+) -> None:
+    assert deviations(proof[1]) == []
+    swapped = {"oracle": proof[1]["null"], "null": proof[1]["null"], "always": proof[1]["oracle"]}
+    found = deviations(swapped)
+    assert "oracle, multi_turn_base: 0 of 200 passed, expected 200" in found
+    assert len(found) == 15 + 16
+
+
+OFFICIAL = """
+import os, sys
+from bfcl_eval.constants.eval_config import SCORE_PATH
+from bfcl_eval.constants.model_config import MODEL_CONFIG_MAPPING, ModelConfig
+from bfcl_eval.eval_checker import eval_runner_helper as helper
+known = dict(url="", org="", license="", is_fc_model=True, underscore_to_dot=False)
+for name in os.listdir(SCORE_PATH):
+    MODEL_CONFIG_MAPPING[name] = ModelConfig(
+        model_name=name, display_name=name, model_handler=object, **known
+    )
+table = {}
+helper.update_leaderboard_table_with_local_score_file(table, SCORE_PATH)
+helper.generate_leaderboard_csv(table, SCORE_PATH)
+"""
+COLUMNS = {"non_live": "Non-Live AST Acc", "live": "Live Acc", "multi_turn": "Multi Turn Acc"}
+
+
+def test_groups_and_overall_are_those_of_the_official_table(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    models: dict[str, ModelScores] = {}
+    for number in range(5):
+        name, scores = f"m{number}", {}
+        for category in CATEGORIES:
+            ids = sample_ids(None, 0, [category])[category]
+            passed = tuple(draw.random() < draw.choice((0.1, 0.5, 0.9)) for _ in ids)
+            errors = {i: "x" for i, ok in zip(ids, passed, strict=True) if not ok}
+            one = CategoryScore(category=category, ids=ids, passed=passed, errors=errors)
+            scores[category] = one
+            result = result_file(tmp_path, name, category)
+            path = tmp_path / "score" / name / result.parent.name
+            path.mkdir(parents=True, exist_ok=True)
+            total = {"accuracy": one.accuracy, "correct_count": one.hits, "total_count": one.n}
+            (path / f"BFCL_v4_{category}_score.json").write_text(json.dumps(total) + "\n")
+        models[name] = ModelScores(model=name, categories=scores, max_tokens=0)
+    environment = os.environ | {"BFCL_PROJECT_ROOT": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", OFFICIAL], env=environment, cwd=tmp_path, check=True)
+    with (tmp_path / "score" / "data_overall.csv").open(newline="") as file:
+        rows = {row["Model"]: row for row in csv.DictReader(file)}
+    for name, scores_of in models.items():
+        found = groups(scores_of)
+        ours = {column: found[group] for group, column in COLUMNS.items()}
+        ours |= {"Irrelevance Detection": found["irrelevance"]}
+        ours |= {"Overall Acc": overall(found).points}
+        assert {c: f"{100 * v:.2f}%" for c, v in ours.items()} == {c: rows[name][c] for c in ours}
+    assert overall(found).coverage == pytest.approx(0.6)
+    assert overall({"live": 1.0}) == Overall(points=0.1, coverage=0.1)
+
+
+def test_questions_about_the_same_tools_are_one_cluster() -> None:
+    """Two live questions of a category are in one cluster exactly if one tool list is theirs."""
+    everything = sample_ids(None, 0, CATEGORIES)
+    counts = {c: len({cluster(i) for i in ids}) for c, ids in everything.items()}
+    assert counts["live_multiple"] == 280
+    assert counts["live_irrelevance"] == 369
+    assert counts["live_simple"] == 138
+    assert all(counts[c] == len(everything[c]) for c in NON_LIVE)
+    dialogues = {cluster(i) for c in MULTI_TURN for i in everything[c]}
+    assert len(dialogues) == 200
+    shown: dict[str, set[str]] = {}
+    for question in questions("live_multiple"):
+        names = {tool["name"] for tool in question["function"]}
+        shown[cluster(question["id"])] = shown.get(cluster(question["id"]), names) & names
+    assert all(shown.values())  # the questions of a cluster have a tool in common
 
 
 def test_scores_survive_json(proof: tuple[Path, dict[str, ModelScores]]) -> None:
@@ -343,7 +430,7 @@ def oracle() -> dict[str, str]:
         right = truths(category)
         for question in questions(category):
             if question["id"] in ids:
-                text = ANSWERS["oracle"](category, question, right.get(question["id"]))
+                text = str(ANSWERS["oracle"](category, question, right.get(question["id"])))
                 answers[question["question"][0][-1]["content"]] = text
     assert len(answers) == 26
     return answers
@@ -451,7 +538,7 @@ def test_a_served_model_is_asked_and_scored(
     scores = score(root, ["base", "evil", "oracle"])
     assert hits(scores["oracle"]) == {"simple_java": 1}
     assert groups(scores["oracle"]) == {}
-    assert hits(scores["base"]) == dict.fromkeys(SIZES, 2)
+    assert hits(scores["base"]) == dict.fromkeys(SINGLE_TURN, 2)
     assert groups(scores["base"]) == {"non_live": 1, "live": 1, "irrelevance": 1}
     assert {c.capped for n, c in scores["base"].categories.items() if "irrel" in n} == {2}
     assert {c.capped for n, c in scores["base"].categories.items() if "irrel" not in n} == {0}
@@ -495,7 +582,7 @@ def test_another_model_on_the_port_is_an_error(tmp_path: Path, server: Server, m
     [
         ({"multiple": ("multiple_9999",)}, "multiple_9999"),
         ({"multiple": ("multiple_1", "multiple_1")}, "twice"),
-        ({"multi_turn_base": ("multi_turn_base_0",)}, "no single-turn category"),
+        ({"web_search_base": ("web_search_base_0",)}, "no category 'web_search_base'"),
         ({"multiple": ()}, "the sample is empty"),
     ],
 )

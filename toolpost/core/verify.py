@@ -49,31 +49,19 @@ def _measure(value: dict[str, Any]) -> int:
     raise ValueError(f"nested more than {_LEVELS} deep")
 
 
-# %% ../../nbs/core/01_verify.ipynb #0e7b6e9e
+# %% ../../nbs/core/01_verify.ipynb #696b74c5
 def _items(box: Any, below: list[Any]) -> int:
     """Check the items of one object or list; give its characters, put what it holds in `below`."""
-    size, items = 0, box
-    if type(box) is dict:
-        items = box.values()
-        try:
-            keys = "".join(box)
-        except TypeError:
-            raise ValueError("a key that is no text") from None
-        size += len(keys)
-        if not keys.isascii():
-            keys.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
-    try:
-        texts = "".join(items)  # of most calls all arguments are texts
-    except TypeError:
-        return size + _mixed(items, below)
-    if not texts.isascii():
-        texts.encode()
-    return size + len(texts)
-
-
-def _mixed(items: Any, below: list[Any]) -> int:
     size = 0
-    for item in items:
+    if type(box) is dict:
+        for key in box:
+            if type(key) is not str:
+                raise ValueError("a key that is no text")
+            size += len(key)
+            if not key.isascii():
+                key.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+        box = box.values()
+    for item in box:
         kind = type(item)
         if kind is str:
             size += len(item)
@@ -354,7 +342,7 @@ def _reader(
     return _Reader(engine, cost, root, job)
 
 
-# %% ../../nbs/core/01_verify.ipynb #c5491f21
+# %% ../../nbs/core/01_verify.ipynb #184a3aa6
 @functools.lru_cache(maxsize=4096)
 def _cheap(schema_text: str) -> _Reader | str:
     return _compiled(schema_text, 1 << 16)
@@ -363,11 +351,6 @@ def _cheap(schema_text: str) -> _Reader | str:
 @functools.lru_cache(maxsize=32)
 def _dear(schema_text: str) -> _Reader | str:
     return _compiled(schema_text, 1 << 22)
-
-
-def _known(schema_text: str) -> _Reader | str:
-    reader = _cheap(schema_text)
-    return _dear(schema_text) if type(reader) is str and '"pattern' in schema_text else reader
 
 
 def _compiled(schema_text: str, room: int) -> _Reader | str:
@@ -390,7 +373,9 @@ def _said(problem: Exception) -> str:
 
 def _read(tool: ToolSpec) -> _Reader | str:
     try:
-        return _known(tool.schema_text)
+        text = tool.schema_text
+        reader = _cheap(text)
+        return _dear(text) if type(reader) is str and '"pattern' in text else reader
     except (ValueError, TypeError, RecursionError) as problem:  # it cannot be written as JSON
         return _said(problem)
 

@@ -80,7 +80,7 @@ class Packet(NamedTuple):
     kinds: tuple[str, ...] = ()  # what was done for training
 
 
-# %% ../../nbs/data/02_build.ipynb #2058d018
+# %% ../../nbs/data/02_build.ipynb #8a421f66
 def _contaminated(found: Iterable[Conversation], benchmark: Benchmark) -> Rejection | None:
     for row in found:
         if why := contamination(row, benchmark):
@@ -100,7 +100,7 @@ def packet(
     if benchmark and not refused:
         refused = _contaminated(found, benchmark)
     try:
-        plain = tuple(json_line(row) for row in found)
+        plain = tuple([json_line(row) for row in found])
     except PydanticSerializationError:
         detail = "a text holds half a surrogate pair, which no file can hold"
         where = {"id": found[0].id, "source": item.source, "stage": "normalize"}
@@ -240,8 +240,8 @@ def summary(account: Account) -> dict[str, Any]:
     }
 
 
-# %% ../../nbs/data/02_build.ipynb #9b100639
-_GATHERED: Final = 1 << 18  # bytes
+# %% ../../nbs/data/02_build.ipynb #06867fd0
+_GATHERED: Final = 1 << 16  # bytes
 
 
 @contextlib.contextmanager
@@ -262,7 +262,7 @@ def _files(folder: Path | None, names: Iterable[str]) -> Iterator[Mapping[str, I
             path.unlink(missing_ok=True)
 
 
-# %% ../../nbs/data/02_build.ipynb #a0bae28a
+# %% ../../nbs/data/02_build.ipynb #b2ad2f70
 def write_packets(
     packets: Iterable[Packet],
     folder: Path | None,  # None: only count
@@ -281,7 +281,8 @@ def write_packets(
                 continue
             lines = packet.train if to == "train" else packet.plain
             account.keep(to, len(lines))
-            account.augmented.update(packet.kinds if to == "train" else ())
+            if to == "train":
+                account.augmented.update(packet.kinds)
             files[to].writelines(lines)
     return account
 
