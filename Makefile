@@ -33,9 +33,16 @@ $(READY): constraints.txt pyproject.toml
 	@touch $@
 
 # vLLM pins another torch and numpy than the rest, so it lives apart and is reached over HTTP. Needs a CUDA GPU.
-serve-env:
+serve-env: .venv-serve/.ready
+
+.venv-serve/.ready: requirements-serve.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "vLLM's pins are for Python 3.11 or 3.12; this is $$($(PYTHON) --version). Try: make serve-env PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Setting up .venv-serve from requirements-serve.txt: several gigabytes, the first time only."
 	@$(PYTHON) -m venv .venv-serve
-	@.venv-serve/bin/python -m pip install --quiet vllm==0.21.0
+	@.venv-serve/bin/python -m pip install --quiet --requirement requirements-serve.txt 2>.venv-serve/pip.log \
+	  || { cat .venv-serve/pip.log; exit 1; }
+	@touch $@
 
 # The library is written in nbs/ and exported to toolpost/. Run this after every edit of a notebook.
 export: setup

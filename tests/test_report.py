@@ -21,9 +21,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from toolpost.bench.bfcl import SINGLE_TURN, CategoryScore, ModelScores, questions
+from toolpost.bench.bfcl import (
+    CATEGORIES,
+    LIVE,
+    SINGLE_TURN,
+    CategoryScore,
+    ModelScores,
+    cluster,
+    questions,
+)
 from toolpost.core.metrics import Count
-from toolpost.core.stats import wilson
+from toolpost.core.stats import Difference, Group, Interval, difference, interval, wilson
 from toolpost.record import PACKAGE, ROOT
 from toolpost.report import charts, page, tables
 
@@ -32,7 +40,10 @@ HOSTILE = "<script>alert('x')</script> & <img src=http://evil.test/x.png onerror
 
 
 def category(name: str, bits: list[bool]) -> CategoryScore:
-    ids = [f"{name}_{i}" for i in range(len(bits))]
+    # As in BFCL: a live question's middle number names its tools. Here two share theirs.
+    ids = [
+        f"{name}_{i}-{i // 2}-{i % 2}" if name in LIVE else f"{name}_{i}" for i in range(len(bits))
+    ]
     return CategoryScore(
         category=name,
         ids=tuple(ids),
@@ -168,6 +179,14 @@ def test_what_was_not_run_is_called_so() -> None:
     assert charts.training_curves([], []).wide.count("not run") == 4
 
 
+def test_clusters_stand_in_brackets_where_they_are_fewer() -> None:
+    some = {m: Interval(mean=0.5, low=0.4, high=0.6, n=1053, clusters=280) for m in ("base", "sft")}
+    assert charts.sizes(charts.Row("live_multiple", some)) == "n=1053 (280)"
+    assert charts.sizes(charts.Row("multiple", {"base": wilson(3, 20)})) == "n=20"
+    mixed = some | {"dpo": Interval(mean=0.5, low=0.3, high=0.7, n=20, clusters=19)}
+    assert plain(charts.sizes(charts.Row("live_multiple", mixed))) == "n=20–1053 (19–280)"  # noqa: RUF001
+
+
 def test_names_are_text_and_not_markup() -> None:
     svg = charts.dumbbell([charts.Row("$x$ <b>&", {"base": wilson(3, 20)})]).wide
     assert "$x$ &lt;b&gt;&amp;" in svg
@@ -191,11 +210,11 @@ def test_page_and_pictures_have_one_palette() -> None:
 
 
 def test_the_sizes_of_the_categories_are_bfcls() -> None:
-    assert {c: len(questions(c)) for c in SINGLE_TURN} == dict(tables.SIZES)
+    assert {c: len(questions(c)) for c in CATEGORIES} == dict(tables.SIZES)
 
 
 def test_groups_follow_the_official_formulas() -> None:
-    hits = {c: i for i, c in enumerate(SINGLE_TURN, 1)}
+    hits = {c: i for i, c in enumerate(CATEGORIES, 1)}
     found = tables.group_scores(model("m", **{c: bits(h, 20) for c, h in hits.items()}))
     at = {c: Fraction(h, 20) for c, h in hits.items()}
     simple = (at["simple_python"] + at["simple_java"] + at["simple_javascript"]) / 3
@@ -207,11 +226,14 @@ def test_groups_follow_the_official_formulas() -> None:
         "Live": live / 1351,
         "Irrelevance": (at["irrelevance"] + at["live_irrelevance"]) / 2,
         "Must call": at["live_relevance"],
+        "Multi-Turn": sum(at[c] for c in CATEGORIES if c.startswith("multi_turn")) / 4,
     }
     assert {g: s.mean for g, s in found.items()} == pytest.approx(
         {g: float(v) for g, v in expected.items()}
     )
-    assert [s.n for s in found.values()] == [120, 80, 40, 20]
+    assert [s.n for s in found.values()] == [120, 80, 40, 20, 80]
+    # Two live questions share their tools; a scenario occurs in all four kinds of dialogue.
+    assert [s.clusters for s in found.values()] == [120, 40, 30, 10, 20]
 
 
 def test_a_group_with_a_category_missing_is_not_run() -> None:
@@ -221,18 +243,14 @@ def test_a_group_with_a_category_missing_is_not_run() -> None:
     assert (cells[1].text, cells[1].small) == ("not run", "5 of 6 categories")
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=5))
-def test_a_weighted_interval_holds_its_mean_and_never_vanishes(
-    pairs: list[tuple[int, int]],
-) -> None:
-    parts = {str(i): wilson(min(a, a + b), a + b + 1) for i, (a, b) in enumerate(pairs)}
-    found = tables.weighted(dict.fromkeys(parts, 1 / len(parts)), parts)
-    assert 0 <= found.low <= found.mean <= found.high <= 1
-    assert found.high - found.low > 0.02
-
-
-def recomputed(asked: list[bool]) -> tuple[str, str]:
-    """Compute a score cell from the closed form of Wilson's interval."""
+def recomputed(asked: list[bool], ids: tuple[str, ...] = ()) -> tuple[str, str]:
+    """Compute a score cell: where no two belong together, from Wilson's closed form."""
+    names = [cluster(i) for i in ids]
+    if len(set(names)) < len(names):
+        found = interval(Group({"c": 1.0}, {"c": names}), {"c": asked})
+        share, few = 100 * found.mean, len(set(names))
+        at = f"{100 * found.low:.0f}–{100 * found.high:.0f}"  # noqa: RUF001
+        return f"{share:.1f} %", f"{sum(asked)}/{len(asked)} ({few}) · {at}"
     n, z = len(asked), 1.959963984540054
     p = sum(asked) / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -251,30 +269,56 @@ def plain(text: str) -> str:
     return text.replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")
 
 
+def a_difference(models: dict[str, ModelScores], name: str) -> Difference:
+    """Compare base and SFT in one category, without the tables."""
+    base, sft = (models[m].categories[name] for m in ("base", "sft"))
+    assert base.ids == sft.ids
+    group = Group({name: 1.0}, {name: [cluster(i) for i in base.ids]})
+    return difference(group, {name: base.passed}, {name: sft.passed})
+
+
+def holm_by_hand(values: list[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    found, highest = [0.0] * len(values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[i]))
+        found[i] = highest
+    return found
+
+
 def test_the_category_table_can_be_recomputed(tmp_path: Path) -> None:
     models = a_run(tmp_path / "results")
     records = tables.read_records(tmp_path / "results")
     assert tables.measured(records) == models
     table = tables.categories(tables.measured(records), tables.published(records))
-    assert {row[0].text for row in table.rows} == set(SINGLE_TURN)
+    assert {row[0].text for row in table.rows} == set(CATEGORIES)
+    run = [c for c in SINGLE_TURN if c != "live_parallel"]
+    single = [a_difference(models, c) for c in run]
+    adjusted = dict(zip(run, holm_by_hand([d.p for d in single]), strict=True))
     for name, base, sft, dpo, above, gain, later in table.rows:
-        assert plain(above.text) == "80.00 %"
+        assert plain(above.text) == ("80.00 %" if name.text in SINGLE_TURN else charts.DASH)
         assert (dpo.text, later.text) == ("not run", charts.DASH)
-        if name.text == "live_parallel":
+        if name.text not in run:
             assert (base.text, sft.text, gain.text) == ("not run", "not run", charts.DASH)
             continue
         was = list(models["base"].categories[name.text].passed)
         now = list(models["sft"].categories[name.text].passed)
-        assert (plain(base.text), base.small) == recomputed(was)
-        assert (plain(sft.text), sft.small) == recomputed(now)
+        ids = models["base"].categories[name.text].ids
+        assert (plain(base.text), plain(base.small)) == recomputed(was, ids)
+        assert (plain(sft.text), plain(sft.small)) == recomputed(now, ids)
         won = sum(b and not a for a, b in zip(was, now, strict=True))
         lost = sum(a and not b for a, b in zip(was, now, strict=True))
         assert float(plain(gain.text)) == pytest.approx(100 * (won - lost) / 12, abs=0.05)
         seen = tables.change(models["base"], models["sft"], [name.text])
         assert seen is not None
+        assert seen == a_difference(models, name.text)
         assert (seen.won, seen.lost, seen.n) == (won, lost, 12)
-        assert seen.p == pytest.approx(fair_coin(won, lost))
-        assert plain(gain.small).startswith(f"+{won} -{lost}")
+        if name.text not in LIVE:
+            assert seen.p == pytest.approx(fair_coin(won, lost))
+        span = f"{100 * seen.low:+.1f} to {100 * seen.high:+.1f}"
+        told = plain(tables.p_value(adjusted[name.text]))
+        assert plain(gain.small) == f"+{won} -{lost} · {span} · {told}"
+        assert gain.tone == ("strong" if adjusted[name.text] < 0.05 else "")
 
 
 def test_models_are_paired_by_id_and_not_by_place() -> None:
@@ -287,7 +331,132 @@ def test_models_are_paired_by_id_and_not_by_place() -> None:
     )
     later = ModelScores(model="sft", categories={"multiple": new}, max_tokens=96)
     seen = tables.change(old, later, ["multiple"])
-    assert seen == tables.Change(before=1, after=2, won=1, lost=0, n=2, p=1.0)
+    assert seen is not None
+    assert (seen.before, seen.after, seen.won, seen.lost, seen.n, seen.p) == (1, 2, 1, 0, 2, 1.0)
+
+
+def live_simple(asked: list[bool], tools: list[int]) -> ModelScores:
+    """Make a model that was asked live questions with these tools."""
+    ids = [f"live_simple_{i}-{tool}-0" for i, tool in enumerate(tools)]
+    score = CategoryScore(
+        category="live_simple",
+        ids=tuple(ids),
+        passed=tuple(asked),
+        errors={i: "x" for i, ok in zip(ids, asked, strict=True) if not ok},
+    )
+    return ModelScores(model="m", categories={"live_simple": score}, max_tokens=96)
+
+
+def test_live_questions_with_the_same_tools_are_one_witness() -> None:
+    apart, crowd = list(range(12)), [0] * 6 + list(range(6, 12))
+    narrow, wide = (
+        tables.category_scores(live_simple(bits(6, 12), tools))["live_simple"]
+        for tools in (apart, crowd)
+    )
+    assert narrow == wilson(6, 12)
+    assert (wide.n, wide.clusters) == (12, 7)
+    assert wide.high - wide.low > narrow.high - narrow.low
+    alone, together = (
+        tables.change(
+            live_simple(bits(0, 12), tools), live_simple(bits(6, 12), tools), ["live_simple"]
+        )
+        for tools in (apart, crowd)
+    )
+    assert alone is not None
+    assert together is not None
+    assert alone.p == pytest.approx(2 / 2**6)
+    assert together.p == 1
+
+
+# The ceiling
+
+
+def test_recovery_needs_a_ceiling_of_this_run(tmp_path: Path) -> None:
+    a_run(tmp_path / "results")
+    records = tables.read_records(tmp_path / "results")
+    assert tables.measured_ceiling(records) is None
+    above = tables.published(records)
+    table = tables.recovery_table(tables.measured(records), None, above)
+    assert {cell.text for row in table.rows for cell in row[2:]} == {"not run"}
+    told = " ".join(table.notes)
+    assert "measured no ceiling model" in told
+    assert "published scores of ceiling-4b were measured elsewhere" in told
+
+
+def test_recovery_is_a_share_of_the_gap_or_says_why_not(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    a_run(folder)
+    shares = {"base": 2, "sft": 7, "ceiling": 12}
+    three = {
+        name: model(
+            name,
+            multiple=bits(n, 14),
+            parallel=bits(5, 14),
+            live_simple=bits(14 - n, 14),
+            irrelevance=bits(n, 14),
+        )
+        for name, n in shares.items()
+    }
+    path = folder / "10_anchors.json"
+    record = json.loads(path.read_text())
+    record["result"]["models"] = {m: three[m].model_dump(mode="json") for m in ("base", "ceiling")}
+    path.write_text(json.dumps(record))
+    records = tables.read_records(folder)
+    top = tables.measured_ceiling(records)
+    assert top == three["ceiling"]
+    assert "ceiling" not in tables.measured(records)
+    rows = {
+        row[0].text: row[1:]
+        for row in tables.recovery_table({"base": three["base"], "sft": three["sft"]}, top).rows
+    }
+    assert rows.keys() == {*tables.GROUPS, *CATEGORIES}
+    assert [plain(c.text) for c in rows["multiple"]] == ["14.3 %", "85.7 %", "50 %", "not run"]
+    low, high = map(int, plain(rows["multiple"][2].small).split(" to "))
+    assert low < 50 < high
+    assert rows["parallel"][2].text == charts.DASH
+    assert rows["parallel"][2].small == "floor and ceiling cannot be told apart"
+    assert rows["live_simple"][2].small == "the ceiling is lower than the floor"
+    assert [c.text for c in rows["Non-Live"]] == ["not run"] * 4
+
+
+# The published run and what it lacks
+
+
+def test_an_older_record_without_dialogues_is_shown() -> None:
+    records = tables.read_records(ROOT / "reports" / "pocket" / "results")
+    ruler, models = tables.harness(records), tables.measured(records)
+    old = {
+        name: scores.model_copy(
+            update={"categories": {c: scores.categories[c] for c in SINGLE_TURN}}
+        )
+        for name, scores in ruler.items()
+    }
+    dialogues = {c: category(c, bits(200, 200)) for c in CATEGORIES if c.startswith("multi_turn")}
+    new = {
+        name: scores.model_copy(update={"categories": scores.categories | dialogues})
+        for name, scores in old.items()
+    }
+    column = tables.harness_table(old).head.index("Multi-Turn")
+    assert [row[column].text for row in tables.harness_table(old).rows] == ["not run"] * 3
+    cells = [row[column] for row in tables.harness_table(new).rows]
+    assert [(plain(c.text), c.small) for c in cells] == [("100.0 %", "n=800")] * 3
+    table = tables.headline(models, tables.published(records))
+    at = table.head.index("Multi-Turn")
+    assert [row[at].text for row in table.rows[:3]] == ["not run"] * 3
+    assert "of 30" in table.notes[-1]
+    assert any("multi_turn_base" in line for line in tables.limits(records))
+    assert not any("independent" in line for line in tables.limits(records))
+
+
+def test_overall_is_given_with_its_coverage() -> None:
+    asked = {c: bits(4, 8) for c in CATEGORIES}
+    everything = tables.overall({"base": model("b", **asked)})
+    assert plain(everything).endswith(" of 60.")
+    assert "base 30.0 (" in everything
+    silent = model("b", irrelevance=bits(8, 8), live_irrelevance=bits(8, 8))
+    assert "base 10.0 (" in tables.overall({"base": silent})
+    assert tables.overall({"base": silent}).endswith(" of 10.")
+    assert tables.overall({"base": model("b", multiple=bits(1, 2))}).endswith("allow: not run.")
 
 
 def test_the_metrics_table_tells_no_answers_from_not_run() -> None:
@@ -317,7 +486,7 @@ def test_a_gain_is_called_a_gain() -> None:
     said = a_claim(2, 14, 20)
     assert said[0] == (
         "SFT gains 60.0 points over base on the 20 questions that need a call: "
-        "14 right, 2 before (12 won, 0 lost, p < 0.001)."
+        "14 right, 2 before (12 won, 0 lost, +33.3 to +78.1 points, p < 0.001)."
     )
     assert "DPO: not run." in said
 
@@ -360,7 +529,7 @@ def test_a_verdict_never_contradicts_the_counts(pairs: list[tuple[bool, bool]]) 
     sure = fair_coin(won, lost) < 0.05
     expected = ("gain" if won > lost else "loss") if sure else "no difference"
     assert said.verdict == expected
-    assert said.change.difference == pytest.approx((won - lost) / len(pairs))
+    assert said.change.mean == pytest.approx((won - lost) / len(pairs))
 
 
 def test_a_sample_is_called_a_sample() -> None:
@@ -369,7 +538,12 @@ def test_a_sample_is_called_a_sample() -> None:
     other = few | {"sft": model("s", multiple=bits(1, 20))}
     assert "not all asked the same" in tables.sample(other)
     everything = {"base": model("b", **{c: bits(1, n) for c, n in tables.SIZES.items()})}
-    assert tables.sample(everything).startswith("All 3,641")
+    told = "All 3,641 single-turn questions and 800 multi-turn dialogues of BFCL-V4"
+    assert tables.sample(everything).startswith(told)
+    single = {"base": model("b", **{c: bits(1, tables.SIZES[c]) for c in SINGLE_TURN})}
+    assert tables.sample(single).startswith("All 3,641 single-turn questions of BFCL-V4")
+    mixed = few | {"base": model("b", multiple=bits(1, 20), multi_turn_base=bits(1, 7))}
+    assert "20 of the 3,641 single-turn questions and 7 of the 800" in tables.sample(mixed)
 
 
 # Reading
@@ -412,9 +586,9 @@ def test_one_table_two_outputs() -> None:
     console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
     console.print(tables.to_rich(table))
     terminal, html = console.export_text(), table._repr_html_()
-    for text in ("25.0", "n=120", "not run", "Overall is not shown"):
-        assert text in terminal
-        assert text in html
+    for text in ("25.0", "n=120", "n=80 (40)", "not run", "Overall counts what was not run as 0"):
+        assert text in plain(terminal)
+        assert text in plain(html)
 
 
 def test_nothing_from_outside_becomes_markup(tmp_path: Path) -> None:
@@ -475,7 +649,7 @@ def test_the_page_shows_the_run(html: str) -> None:
     for words in (
         "SFT gains",
         "DPO: not run.",
-        "Overall is not shown",
+        "Overall counts what was not run as 0",
         "make report",
         "ceiling-4b",
     ):

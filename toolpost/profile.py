@@ -36,7 +36,7 @@ __all__ = [
     "parse_overrides",
 ]
 
-# %% ../nbs/01_profile.ipynb #67e2f02f
+# %% ../nbs/01_profile.ipynb #3e12ea44
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=0.5)]
 SourceName = Literal["practice", "xlam", "toolace"]
@@ -48,7 +48,9 @@ class Anchors(Settings):
     """10_anchors: the published ceiling, the harness's own noise, the floor."""
 
     model: str = "pocket"
-    per_category: Positive = 20
+    ceiling: str = ""
+    per_category: Annotated[int, Field(ge=0)] = 20
+    multi_turn: bool = False
     max_tokens: Positive = 128
     clients: Positive = 32
     engine: Literal["cpu", "vllm"] = "cpu"

@@ -148,7 +148,7 @@ def _peak_mb() -> float:
     return round(max(resource.getrusage(one).ru_maxrss for one in who) / 1024, 1)
 
 
-# %% ../nbs/00_record.ipynb #f4e96c77
+# %% ../nbs/00_record.ipynb #19e7e17c
 @dataclass
 class Stage(Generic[S]):
     """A running stage: its name, its checked settings, its clock, its inputs."""
@@ -213,7 +213,7 @@ class Stage(Generic[S]):
         return path
 
 
-# %% ../nbs/00_record.ipynb #8ab8d24d
+# %% ../nbs/00_record.ipynb #2c7320b1
 QUIET: Final = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
@@ -228,7 +228,7 @@ QUIET: Final = {
 
 
 def end_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it dies, even by `kill -9`."""
+    """Ask Linux to kill this process when the thread that started it ends, even by `kill -9`."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, see prctl(2)
 

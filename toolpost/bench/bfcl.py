@@ -43,12 +43,14 @@ __all__ = [
     "MULTI_TURN",
     "NON_LIVE",
     "SINGLE_TURN",
+    "TOO_LONG",
     "BenchError",
     "CategoryScore",
     "ModelScores",
     "Overall",
     "Plan",
     "Say",
+    "UnfinishedError",
     "answers_are_stale",
     "benchmark_texts",
     "check_complete",
@@ -216,7 +218,7 @@ def sample_ids(
     return drawn
 
 
-# %% ../../nbs/bench/00_bfcl.ipynb #c99689e3
+# %% ../../nbs/bench/00_bfcl.ipynb #4a4d8b0f
 class CategoryScore(Frozen):
     """What one model did in one category."""
 
@@ -225,6 +227,7 @@ class CategoryScore(Frozen):
     passed: tuple[bool, ...]  # in the order of `ids`
     errors: dict[str, str]  # BFCL's error type for every id that failed
     capped: int = 0  # answers as long as the cap allowed: cut off, most likely
+    too_long: int = 0  # questions that left no room for an answer; they count as failed
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -320,9 +323,13 @@ def cluster(
     return f"multi_turn_{number}" if category.startswith("multi_turn_") else question_id
 
 
-# %% ../../nbs/bench/00_bfcl.ipynb #03dbec5c
+# %% ../../nbs/bench/00_bfcl.ipynb #173c8014
 class BenchError(RuntimeError):
     """A benchmark run that cannot go on; the message says why and what to do."""
+
+
+class UnfinishedError(BenchError):
+    """Questions are left without a good answer; asking again may help, and keeps the others."""
 
 
 def registry_name(
@@ -344,13 +351,14 @@ def result_file(root: Path, stage: str, category: str) -> Path:
     return root / "result" / registry_name(stage) / group / f"BFCL_v4_{category}_result.json"
 
 
-# %% ../../nbs/bench/00_bfcl.ipynb #35c7e8d3
+# %% ../../nbs/bench/00_bfcl.ipynb #b81e1fc0
 class Plan(Frozen):
     """What a model is asked, and how."""
 
     ids: dict[str, tuple[str, ...]]  # by category
     max_tokens: int  # longest answer; the same for every model that is compared
     temperature: float = 0.0
+    window: int | None = None  # tokens, prompt and answer, as the server says; None: it does not
     fingerprint: str = ""  # what identifies the weights, a hash for instance
     bfcl_eval: str = version("bfcl-eval")
 
@@ -434,12 +442,12 @@ def keep_good_rows(root: Path, stage: str, ids: Mapping[str, Sequence[str]]) -> 
     return kept
 
 
-# %% ../../nbs/bench/00_bfcl.ipynb #9b7e5c43
+# %% ../../nbs/bench/00_bfcl.ipynb #ef726ea8
 def check_complete(root: Path, stage: str, plan: Plan) -> None:
     """Make sure that every question of a plan has exactly one good answer and no other has any.
 
     Raises:
-        BenchError: it is not so; the message counts what is wrong and shows the first of it.
+        UnfinishedError: it is not so; the message counts what is wrong and shows the first of it.
     """
     errors, odd = [], []
     for category, ids in plan.ids.items():
@@ -449,14 +457,14 @@ def check_complete(root: Path, stage: str, plan: Plan) -> None:
         if lines != len(ids) or sorted(row["id"] for row in rows) != sorted(ids):
             odd.append(f"{category} has {lines} rows for {len(ids)} questions")
     if errors or odd:
-        raise BenchError(
+        raise UnfinishedError(
             f"bfcl {stage}: {len(errors)} of {plan.total} questions ended in an error, "
             f"{len(odd)} of {len(plan.ids)} result files do not hold the questions asked; "
             f"the first: {[*errors, *odd][0]}; ask again: good answers are kept, errors are retried"
         )
 
 
-# %% ../../nbs/bench/00_bfcl.ipynb #90559ec0
+# %% ../../nbs/bench/00_bfcl.ipynb #c8193613
 Say = Callable[[str], None]
 
 
@@ -467,12 +475,14 @@ def _environment(root: Path, home: str, extra: Mapping[str, str] | None) -> dict
         "LANG": os.environ.get("LANG", "C.UTF-8"),
         "PYTHONUTF8": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONHASHSEED": "0",
         "PYTHONPATH": str(Path(str(files("toolpost"))).parent),
         "HOME": home,
         "TMPDIR": home,
         "BFCL_PROJECT_ROOT": str(root.resolve()),
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
+        "MALLOC_ARENA_MAX": "2",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "OPENBLAS_NUM_THREADS": "1",
@@ -517,7 +527,20 @@ def _talk(
     process.wait()
 
 
-# %% ../../nbs/bench/00_bfcl.ipynb #ebac07c5
+# %% ../../nbs/bench/00_bfcl.ipynb #951a9c35
+def _ending(code: int) -> str:
+    """Say how a process ended, from its return code."""
+    if code >= 0:
+        return f"with code {code}"
+    why = {
+        signal.SIGXCPU: ": it used up its CPU time",
+        signal.SIGKILL: ": somebody killed it, or the system was out of memory",
+        signal.SIGSEGV: ": it crashed, maybe for lack of memory",
+    }
+    return f"by {signal.Signals(-code).name}{why.get(signal.Signals(-code), '')}"
+
+
+# %% ../../nbs/bench/00_bfcl.ipynb #da1742b8
 def _run(
     job: GenerateJob | ScoreJob,
     root: Path,
@@ -529,7 +552,7 @@ def _run(
     """Do a job in a child process.
 
     Raises:
-        BenchError: the child failed or took too long; the message ends with the end of its log.
+        UnfinishedError: the child failed or took too long; the message ends with its last lines.
     """
     log = root / "log" / f"{job.task}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -545,21 +568,24 @@ def _run(
                 timer.cancel()
                 _stop(process)
     if process.returncode:
-        late = f" after its {timeout_s:g} s were over" if time.monotonic() >= deadline else ""
-        tail = "\n".join(_lines(log)[-15:])
-        raise BenchError(
-            f"bfcl's {job.task} process ended with code {process.returncode}{late}; "
+        late = f"after its {timeout_s:g} s were over" if time.monotonic() >= deadline else ""
+        tail = "\n".join(line[:500] for line in _lines(log)[-15:])
+        raise UnfinishedError(
+            f"bfcl's {job.task} process ended {late or _ending(process.returncode)}; "
             f"the end of {log}:\n{tail}"
         )
 
 
-# %% ../../nbs/bench/00_bfcl.ipynb #bcace49d
+# %% ../../nbs/bench/00_bfcl.ipynb #77b7865a
 def check_server(
     base_url: str,  # "http://host:port/v1"
     model: str,  # the name under which the model must be served
     timeout_s: float = 10.0,
-) -> None:
+) -> int | None:
     """Check that a server answers and serves the model.
+
+    Returns:
+        The window in tokens, prompt and answer together; None if the server does not tell.
 
     Raises:
         BenchError: it does not.
@@ -567,14 +593,18 @@ def check_server(
     try:
         answer = httpx.get(f"{base_url}/models", timeout=timeout_s, trust_env=False)
         answer.raise_for_status()
-        served = [entry["id"] for entry in answer.json()["data"]]
+        served = {entry["id"]: entry.get("max_model_len") for entry in answer.json()["data"]}
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as problem:
         raise BenchError(
             f"no usable answer from {base_url}/models ({type(problem).__name__}: {problem}); "
             "start the model's server, or correct the address"
         ) from problem
     if model not in served:
-        raise BenchError(f"{base_url} serves {served}, not {model!r}; serve it under this name")
+        raise BenchError(
+            f"{base_url} serves {list(served)}, not {model!r}; serve it under this name"
+        )
+    window = served[model]
+    return window if isinstance(window, int) and window > 0 else None
 
 
 # %% ../../nbs/bench/00_bfcl.ipynb #d5f70a32
@@ -587,7 +617,7 @@ def _server(base_url: str) -> dict[str, str]:
     return {"LOCAL_SERVER_ENDPOINT": host, "LOCAL_SERVER_PORT": str(parts.port)}
 
 
-# %% ../../nbs/bench/00_bfcl.ipynb #819ef784
+# %% ../../nbs/bench/00_bfcl.ipynb #aa48fe86
 def _model_folder(model_path: str | Path) -> str:
     """Check that BFCL will find the tokenizer, which it needs to count prompt tokens."""
     for name in ("config.json", "tokenizer_config.json"):
@@ -599,12 +629,14 @@ def _model_folder(model_path: str | Path) -> str:
 def _job(
     stage: str, plan: Plan, model: str, done: int, threads: int, request_timeout_s: float
 ) -> GenerateJob:
+    """Write the order for the child."""
     return GenerateJob(
         name=registry_name(stage),
         label=stage,
         model_path=model,
         max_tokens=plan.max_tokens,
         temperature=plan.temperature,
+        window=plan.window,
         threads=threads,
         request_timeout_s=request_timeout_s,
         done=done,
@@ -628,7 +660,7 @@ def _check_ids(plan: Plan) -> None:
             raise ValueError(f"{category}: {wrong[0]!r} is not one of its ids, or occurs twice")
 
 
-# %% ../../nbs/bench/00_bfcl.ipynb #8a0eaa87
+# %% ../../nbs/bench/00_bfcl.ipynb #13a2cccf
 def generate(
     root: Path,  # the run's folder for BFCL
     stage: str,  # what the model is called, "base" for instance
@@ -640,35 +672,58 @@ def generate(
     threads: int = 16,  # requests in flight
     fingerprint: str = "",  # identifies the weights; answers of other weights are forgotten
     request_timeout_s: float = 300.0,
-    timeout_s: float = 3600.0,  # for everything
+    timeout_s: float = 86_400.0,  # for everything
     say: Say = print,  # takes a line of progress
 ) -> Plan:
     """Ask a served model BFCL's questions and keep its answers under `root`.
 
     Raises:
-        BenchError: no server, no tokenizer, too late, or questions that ended in an error.
+        UnfinishedError: questions that ended in an error, a server that went away, a full disk.
+        BenchError: no server, another model's server, no tokenizer.
         ValueError: a category, a stage name or an address that cannot be.
     """
     asked = {category: tuple(some) for category, some in ids.items() if some}
     plan = Plan(ids=asked, max_tokens=max_tokens, fingerprint=fingerprint)
     _check_ids(plan)
     extra, model = _server(base_url), _model_folder(model_path)
-    stale = answers_are_stale(root, stage, plan)
-    done = 0 if stale else keep_good_rows(root, stage, plan.ids)
-    if done < plan.total:
-        check_server(base_url, model)  # before anything is forgotten
-    if stale:
-        say(f"bfcl {stage}: other weights or another cap than before, all questions are asked anew")
-    write_plan(root, stage, plan)
-    if done < plan.total:
-        _write(root / "test_case_ids_to_generate.json", json.dumps(plan.ids))
-        job = _job(stage, plan, model, done, threads, request_timeout_s)
-        _run(job, root, timeout_s, say, cwd=Path.cwd(), extra=extra)
+    try:
+        plan, done = _prepare(root, stage, plan, base_url, model, say)
+        if done < plan.total:
+            _write(root / "test_case_ids_to_generate.json", json.dumps(plan.ids))
+            job = _job(stage, plan, model, done, threads, request_timeout_s)
+            _run(job, root, timeout_s, say, cwd=Path.cwd(), extra=extra)
+    except OSError as problem:
+        raise UnfinishedError(
+            f"bfcl {stage}: {problem}; correct this and ask again: good answers are kept"
+        ) from problem
     check_complete(root, stage, plan)
     return plan
 
 
-# %% ../../nbs/bench/00_bfcl.ipynb #87199e36
+def _prepare(
+    root: Path, stage: str, plan: Plan, base_url: str, model: str, say: Say
+) -> tuple[Plan, int]:
+    """Fix the window, sort out which answers can stay, and write the plan down.
+
+    Returns:
+        The plan, and the number of questions that have a good answer already.
+    """
+    path = _plan_file(root, stage)
+    if path.exists():  # as long as nothing has to be asked, the window is the one of the answers
+        plan = plan.model_copy(update={"window": _plan(root, stage).window})
+    stale = answers_are_stale(root, stage, plan)
+    done = 0 if stale else keep_good_rows(root, stage, plan.ids)
+    if done < plan.total:  # the server is looked for before anything is forgotten
+        plan = plan.model_copy(update={"window": check_server(base_url, model)})
+        stale = answers_are_stale(root, stage, plan)
+        done = 0 if stale else done
+    if stale:
+        say(f"bfcl {stage}: other weights, cap or window than before, all questions are asked anew")
+    write_plan(root, stage, plan)
+    return plan, done
+
+
+# %% ../../nbs/bench/00_bfcl.ipynb #bbc2b83d
 def score(
     root: Path,
     stages: Sequence[str],  # models whose answers lie under `root`
@@ -686,7 +741,10 @@ def score(
         check_complete(root, stage, plan)
     shutil.rmtree(root / "score", ignore_errors=True)
     job = ScoreJob(names=tuple(registry_name(stage) for stage in stages))
-    _run(job, root, timeout_s)
+    try:
+        _run(job, root, timeout_s)
+    except OSError as problem:
+        raise BenchError(f"the answers cannot be scored: {problem}") from problem
     return {stage: _model_scores(root, stage, plan) for stage, plan in plans.items()}
 
 
@@ -697,9 +755,12 @@ def _plan(root: Path, stage: str) -> Plan:
     return Plan.model_validate_json(path.read_text("utf-8"))
 
 
-# %% ../../nbs/bench/00_bfcl.ipynb #7f414ca4
+# %% ../../nbs/bench/00_bfcl.ipynb #48602daf
+TOO_LONG: Final = "prompt:too_long"  # an error type of ours
+
+
 def _model_scores(root: Path, stage: str, plan: Plan) -> ModelScores:
-    categories = {c: _category_score(root, stage, c, plan.max_tokens) for c in plan.ids}
+    categories = {c: _category_score(root, stage, c, plan) for c in plan.ids}
     return ModelScores(model=stage, categories=categories, max_tokens=plan.max_tokens)
 
 
@@ -714,9 +775,9 @@ def _longest(tokens: Any) -> float:
     return max(map(_longest, tokens), default=0) if isinstance(tokens, list) else float(tokens)
 
 
-def _category_score(root: Path, stage: str, category: str, cap: int) -> CategoryScore:
+def _category_score(root: Path, stage: str, category: str, plan: Plan) -> CategoryScore:
     answers = result_file(root, stage, category)
-    rows = _rows(answers)
+    rows = {row["id"]: row for row in _rows(answers)}
     path = (
         root
         / "score"
@@ -726,15 +787,20 @@ def _category_score(root: Path, stage: str, category: str, cap: int) -> Category
         raise BenchError(f"bfcl wrote no {path}; see {root / 'log' / 'score.log'}")
     totals, *failures = _json_lines(path)
     errors = {failure["id"]: _error_type(failure) for failure in failures}
-    passed = tuple(row["id"] not in errors for row in rows)
-    if (totals["total_count"], totals["correct_count"]) != (len(rows), sum(passed)):
+    if (totals["total_count"], totals["correct_count"]) != (len(rows), len(rows) - len(errors)):
         raise BenchError(
             f"{path}: {totals} does not fit {len(rows)} answers, {len(errors)} failures"
         )
+    too_long = [i for i, row in rows.items() if row.get("too_long")]
+    errors |= dict.fromkeys(too_long, TOO_LONG)
+    cap, ids = plan.max_tokens, plan.ids[category]
     return CategoryScore(
         category=category,
-        ids=tuple(row["id"] for row in rows),
-        passed=passed,
-        errors=errors,
-        capped=sum(bool(cap) and _longest(row.get("output_token_count", 0)) >= cap for row in rows),
+        ids=ids,
+        passed=tuple(i not in errors for i in ids),
+        errors={i: errors[i] for i in ids if i in errors},
+        capped=sum(
+            bool(cap) and _longest(row.get("output_token_count", 0)) >= cap for row in rows.values()
+        ),
+        too_long=len(too_long),
     )

@@ -109,7 +109,7 @@ def svg(
     return text
 
 
-# %% ../../nbs/report/00_charts.ipynb #130dc801
+# %% ../../nbs/report/00_charts.ipynb #474ac84d
 @dataclass(frozen=True)
 class Row:
     """One line of a dot chart; scores are fractions of one."""
@@ -121,14 +121,19 @@ class Row:
     empty: str = "not run"  # said where no model has a point
 
 
+def _ends(counts: Sequence[int]) -> str:
+    return DASH.join(str(n) for n in sorted({min(counts), max(counts)}))
+
+
 def sizes(row: Row) -> str:
-    """Give the number of questions of a row, as a range where the models differ."""
-    found = [p.n for p in row.points.values()]
-    ends = sorted({min(found), max(found)}) if found else []
-    return f"n={DASH.join(str(n) for n in ends)}" if ends else ""
+    """Give a row's number of questions, and of clusters if fewer; ranges where models differ."""
+    if not row.points:
+        return ""
+    asked, clusters = zip(*((p.n, p.clusters) for p in row.points.values()), strict=True)
+    return f"n={_ends(asked)}" + (f" ({_ends(clusters)})" if clusters != asked else "")
 
 
-# %% ../../nbs/report/00_charts.ipynb #9e4c8884
+# %% ../../nbs/report/00_charts.ipynb #3313c60d
 @dataclass(frozen=True)
 class _Sheet:
     """The geometry of a dot chart."""
@@ -148,7 +153,7 @@ class _Sheet:
         return self.width - self.left - self.right
 
 
-_WIDE: Final = _Sheet(width=7.4, left=1.95, right=1.6, step=0.36, lift=0)
+_WIDE: Final = _Sheet(width=7.4, left=2.35, right=1.6, step=0.36, lift=0)
 _NARROW: Final = _Sheet(width=3.75, left=0.1, right=0.24, step=0.54, lift=0.42)
 
 
@@ -171,11 +176,12 @@ def _places(
     return heights, headings, at
 
 
-# %% ../../nbs/report/00_charts.ipynb #384cbf01
+# %% ../../nbs/report/00_charts.ipynb #ff3f4023
 def _marks(axes: Axes, row: Row, y: float, models: Sequence[str], dodge: float) -> None:
     here = [(i, m, row.points[m]) for i, m in enumerate(models) if m in row.points]
     if not here:
-        axes.text(0.01, y, row.empty, color=COLOUR["muted"], style="italic", va="center")
+        free = 0.01 if row.published is None or row.published > 0.2 else row.published + 0.03
+        axes.text(free, y, row.empty, color=COLOUR["muted"], style="italic", va="center")
     if here:
         means = [point.mean for *_, point in here]
         band: dict[str, Any] = {"color": COLOUR["line"], "lw": 11, "alpha": 0.6, "zorder": 0.5}
@@ -322,7 +328,7 @@ def picture(
     return Picture(name, wide, narrow, caption, alt)
 
 
-# %% ../../nbs/report/00_charts.ipynb #b5161713
+# %% ../../nbs/report/00_charts.ipynb #0800f223
 def dumbbell(
     rows: Sequence[Row],
     models: Sequence[str] = tuple(LABEL),  # in the order they were made
@@ -333,9 +339,10 @@ def dumbbell(
         name,
         lambda narrow: _dots(rows, models, _NARROW if narrow else _WIDE),
         caption=(
-            "Share of questions answered right. Lines: 95 % Wilson intervals. Hollow marks: fewer "
-            f"than {SMALL} questions. The tall open diamond is a published number from another run "
-            "on all questions. A dash: not run."
+            "Share of questions answered right. Lines: 95 % intervals; in brackets, the number of "
+            "clusters of questions that belong together, which the interval respects. Hollow "
+            f"marks: fewer than {SMALL} questions. The tall open diamond is a published number "
+            "from another run on all questions. A dash: not run."
         ),
         alt=f"Scores of {', '.join(LABEL[m] for m in models)} in {len(rows)} BFCL categories",
     )
