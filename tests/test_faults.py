@@ -44,8 +44,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def nobody_is_left() -> Iterator[None]:
+    before = set(psutil.Process().children(recursive=True))  # of Python's own, from other tests
     yield
-    assert not psutil.Process().children(recursive=True)
+    assert not set(psutil.Process().children(recursive=True)) - before
 
 
 def is_free(port: int) -> bool:
