@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.resources import files
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolpost.bench.bfcl import SINGLE_TURN, questions, truths
+from toolpost.bench.bfcl import MULTI_TURN, SINGLE_TURN, questions, truths
 from toolpost.bench.harness import oracle_calls
 from toolpost.core.format import END, completion_of, parse_answer, render_calls, render_prompt
 from toolpost.core.schema import Message, ToolCall, canonical
-
-MULTI_TURN = tuple(f"multi_turn_{x}" for x in ("base", "miss_func", "miss_param", "long_context"))
+from toolpost.train.models import POCKET, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def ours(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
 def test_every_first_prompt_is_the_one_bfcl_sends(handler: Any) -> None:
     from bfcl_eval.utils import load_dataset_entry
 
-    count = systems = toolless = 0
+    count = systems = toolless = foreign = 0
     for category in SINGLE_TURN + MULTI_TURN:
         for entry in load_dataset_entry(category):
             data = handler._pre_query_processing_prompting(entry)
@@ -54,7 +54,29 @@ def test_every_first_prompt_is_the_one_bfcl_sends(handler: Any) -> None:
             count += 1
             systems += messages[0]["role"] == "system"
             toolless += not tools
+            foreign += not json.dumps(tools, ensure_ascii=False).isascii()
     assert (count, systems, toolless) == (4441, 92, 4)
+    assert foreign == 50  # BFCL escapes what is not ASCII; the template does not, see below
+
+
+@pytest.mark.usefixtures("handler")  # it tells BFCL where its root is
+def test_every_first_prompt_but_for_escapes_is_the_one_of_qwens_template() -> None:
+    """With characters as they are, all 4,441 are equal, and so are the 50 that BFCL escapes."""
+    from bfcl_eval.utils import load_dataset_entry
+
+    tokenizer = load_tokenizer(POCKET)
+    template = files("trl") / "chat_templates" / "qwen3_instruct_2507.jinja"
+    how: Any = {
+        "chat_template": template.read_text(),
+        "tokenize": False,
+        "add_generation_prompt": True,
+    }
+    for category in SINGLE_TURN + MULTI_TURN:
+        for entry in load_dataset_entry(category):
+            messages, tools = entry["question"][0], entry["function"]
+            want = tokenizer.apply_chat_template(messages, tools=tools or None, **how)
+            taken = [Message(role=m["role"], content=m["content"]) for m in messages]
+            assert render_prompt(taken, tools, escaped=False) == want, entry["id"]
 
 
 def test_history_built_from_ground_truth_is_rendered_alike(handler: Any) -> None:
