@@ -72,7 +72,7 @@ imports: setup
 	@$(BIN)/lint-imports
 
 notebooks: setup
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 1
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 
 pytest: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile

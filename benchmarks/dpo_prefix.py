@@ -35,12 +35,12 @@ WAYS = ("stock", "shared", "sampler")
 
 def pairs_of(path: Path, count: int) -> list[dict[str, str]]:
     """Give near misses of a file's rows, rendered."""
+    from toolpost.core.pairs import ASSUMED, perturbed, texts_of
     from toolpost.data.build import conversations, items
     from toolpost.data.sources import load_rows
-    from toolpost.train.dpo import near_misses, preference_rows
 
     rows = conversations(items("xlam", load_rows("xlam", None, 0, path)))
-    return preference_rows(near_misses(rows, count, seed=0))
+    return [texts_of(pair)._asdict() for pair in perturbed(rows, ASSUMED, count, seed=0).pairs]
 
 
 def trainer(way: str, rows: list[dict[str, str]], batch: int, folder: Path) -> DPOTrainer:
@@ -49,13 +49,15 @@ def trainer(way: str, rows: list[dict[str, str]], batch: int, folder: Path) -> D
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    from toolpost.train.models import POCKET, load_model, load_tokenizer
+    from toolpost.core.format import END
+    from toolpost.train.models import POCKET, ModelSpec, load_model, load_tokenizer, lora
     from toolpost.train.prefix import shared_prefix
-    from toolpost.train.sft import lora
 
     torch.manual_seed(0)
+    tokenizer = load_tokenizer(POCKET)
+    tokenizer.eos_token = END
     made = DPOTrainer(
-        model=load_model(POCKET, torch.get_num_threads()),
+        model=load_model(ModelSpec(), torch.get_num_threads()),
         args=DPOConfig(
             output_dir=str(folder / way),
             per_device_train_batch_size=batch,
@@ -70,7 +72,7 @@ def trainer(way: str, rows: list[dict[str, str]], batch: int, folder: Path) -> D
             disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list(rows),
-        processing_class=load_tokenizer(POCKET),
+        processing_class=tokenizer,
         peft_config=lora(16),
     )
     torch.manual_seed(0)

@@ -36,17 +36,17 @@ def main() -> None:
     from toolpost.data.build import conversations, items, training_rows
     from toolpost.data.pocketset import rows
     from toolpost.train import sft
-    from toolpost.train.models import POCKET
+    from toolpost.train.models import ModelSpec
 
     made = training_rows(conversations(items("practice", rows(300, 0))))
     train, dev = made[4:], made[:4]
-    plan = sft.Plan(max_steps=a.steps)
+    plan = sft.SftPlan(max_steps=a.steps)
     every = patch.object(sft, "scored_positions_only", contextlib.nullcontext)
     for _ in range(a.repeats):
         for name, how in (("all positions", every), ("scored only", contextlib.nullcontext())):
             with tempfile.TemporaryDirectory() as folder, how:
                 wall, cpu = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
-                done = sft.train_sft(POCKET, train, dev, plan, Path(folder) / "m", say=quiet)
+                done = sft.train_sft(ModelSpec(), train, dev, plan, Path(folder) / "m", say=quiet)
                 end = resource.getrusage(resource.RUSAGE_SELF)
             row = {
                 "what": name,

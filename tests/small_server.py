@@ -40,8 +40,13 @@ class SmallServer:
     """Answers the last user message of a prompt with what `answers` holds for it, or "Done.".
 
     Each start takes the next of `lives`; the last one stays. A life may hold `die_after` and
-    `freeze_after` (a number of answers), `fail` (messages and their status) and `silent`.
+    `freeze_after` (a number of answers), `fail` (messages and their status), `first` (for each of
+    the first answers a status, or a `finish_reason` with no text), `models` (what becomes of the
+    list of models once it was given: a status, or 0 for no answer), `cut` (answers end after
+    `max_tokens` characters) and `silent`.
     """
+
+    software = "small server 1"
 
     def __init__(
         self,
@@ -118,6 +123,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
     orders: dict[str, Any]
     answered = 0
+    listed = 0
     lock = threading.Lock()
 
 
@@ -134,6 +140,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         orders = self.server.orders
+        self.server.listed += 1
+        if self.server.listed > 1 and "models" in orders["life"]:
+            status = orders["life"]["models"]
+            time.sleep(0 if status else 3600)
+            self.reply(status, {})
+            return
         card = {"id": orders["model"], "object": "model", "max_model_len": orders["window"]}
         self.reply(200, {"object": "list", "data": [card]})
 
@@ -141,25 +153,32 @@ class _Handler(BaseHTTPRequestHandler):
         orders, life = self.server.orders, self.server.orders["life"]
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         user = request["prompt"].split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
+        fate = None
         if user != "are you there":
             with self.server.lock:
                 with open(orders["log"], "a") as log:  # noqa: PTH123
                     log.write(json.dumps(user) + "\n")
+                fate = dict(enumerate(life.get("first", ()))).get(self.server.answered)
                 self.server.answered += 1
             time.sleep(orders["delay_s"])
         if self.server.answered > life.get("die_after", 10**9):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.server.answered > life.get("freeze_after", 10**9):
             time.sleep(3600)
-        size = len(request["prompt"].encode()) + request["max_tokens"]
+        prompt, most = len(request["prompt"].encode()), request["max_tokens"]
+        size = prompt + most
         if size > (orders["window"] or size):
             self.reply(400, {"error": {"message": f"{size} tokens do not fit"}})
-        elif user in life.get("fail", {}):
-            self.reply(life["fail"][user], {"error": {"message": "not now"}})
+        elif user in life.get("fail", {}) or isinstance(fate, int):
+            self.reply(fate or life["fail"][user], {"error": {"message": "not now"}})
         else:
-            text = orders["answers"].get(user, "Done.")
-            choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
-            usage = {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}
+            text = "" if fate else orders["answers"].get(user, "Done.")
+            short = text[:most] if life.get("cut") else text
+            why = fate or ("stop" if short == text else "length")
+            choice = {"index": 0, "text": short, "finish_reason": why, "logprobs": None}
+            used = len(short)
+            usage = {"prompt_tokens": prompt, "completion_tokens": used}
+            usage["total_tokens"] = prompt + used
             head = {"id": "c", "object": "text_completion", "created": 0, "model": orders["model"]}
             self.reply(200, head | {"choices": [choice], "usage": usage})
 

@@ -33,6 +33,7 @@ from toolpost.bench.bfcl import (
     ModelScores,
     Overall,
     Plan,
+    check_alike,
     check_complete,
     check_server,
     cluster,
@@ -210,8 +211,8 @@ def test_groups_and_overall_are_those_of_the_official_table(tmp_path: Path) -> N
     assert overall({"live": 1.0}) == Overall(points=0.1, coverage=0.1)
 
 
-def test_questions_about_the_same_tools_are_one_cluster() -> None:
-    """Two live questions of a category are in one cluster exactly if one tool list is theirs."""
+def test_questions_of_a_cluster_share_tools() -> None:
+    """A live question's number names its tools; a few tool lists have several numbers."""
     everything = sample_ids(None, 0, CATEGORIES)
     counts = {c: len({cluster(i) for i in ids}) for c, ids in everything.items()}
     assert counts["live_multiple"] == 280
@@ -225,6 +226,15 @@ def test_questions_about_the_same_tools_are_one_cluster() -> None:
         names = {tool["name"] for tool in question["function"]}
         shown[cluster(question["id"])] = shown.get(cluster(question["id"]), names) & names
     assert all(shown.values())  # the questions of a cluster have a tool in common
+    several = {}
+    for category in ("live_simple", "live_multiple", "live_irrelevance"):
+        numbers: dict[str, set[str]] = {}
+        for question in questions(category):
+            tools = sorted(json.dumps(tool, sort_keys=True) for tool in question["function"])
+            numbers.setdefault(json.dumps(tools), set()).add(cluster(question["id"]))
+        several[category] = sum(len(some) > 1 for some in numbers.values())
+    # BFCL gave these lists more than one number; for us they are clusters of their own.
+    assert several == {"live_simple": 0, "live_multiple": 5, "live_irrelevance": 5}
 
 
 def test_scores_survive_json(proof: tuple[Path, dict[str, ModelScores]]) -> None:
@@ -243,7 +253,8 @@ def test_a_score_that_contradicts_itself_is_refused() -> None:
 # ---------------------------------------------------------------------------------------- bad rows
 
 IDS = {"multiple": tuple(f"multiple_{n}" for n in range(6))}
-GOOD = [{"id": i, "result": f"answer to {i}"} for i in IDS["multiple"]]
+ENDS = {"finish_reason": ["stop"]}
+GOOD: list[dict[str, Any]] = [{"id": i, "result": f"answer to {i}"} | ENDS for i in IDS["multiple"]]
 ERROR = {"result": "Error during inference: Connection error.", "traceback": "Traceback ..."}
 
 
@@ -262,7 +273,7 @@ def test_exactly_the_good_rows_are_kept(
     for row, fate in zip(GOOD, fates, strict=True):
         text = json.dumps(row | (ERROR if fate == "error" else {}))
         lines += [text] * {"missing": 0, "twice": 2}.get(fate, 1)
-    last = json.dumps({"id": "multiple_9", "result": "x" * 60})[: 10 + cut]
+    last = json.dumps({"id": "multiple_9", "result": "x" * 60} | ENDS)[: 10 + cut]
     path.parent.mkdir(parents=True)
     path.write_text("\n".join([*junk, *lines, last]), "utf-8")
 
@@ -276,21 +287,81 @@ def test_exactly_the_good_rows_are_kept(
 @pytest.mark.parametrize(
     ("rows", "text"),
     [
-        ([*GOOD[:5], GOOD[5] | ERROR], "1 of 6 questions ended in an error.*multiple_5"),
-        ([*GOOD[:5], {"id": "multiple_5", "result": ERROR["result"]}], "1 of 6.*Connection error"),
+        ([*GOOD[:5], GOOD[5] | ERROR], "1 of 6 questions have no good.*multiple_5: Error during"),
         (GOOD[:5], "multiple has 5 rows for 6 questions"),
         ([*GOOD, GOOD[0]], "multiple has 7 rows for 6 questions"),
-        ([*GOOD[:5], {"id": "multiple_77", "result": ""}], "do not hold the questions asked"),
+        ([*GOOD[:5], GOOD[5] | {"id": "multiple_77"}], "do not hold the questions asked"),
         ([], "multiple has 0 rows"),
     ],
 )
 def test_an_incomplete_run_is_not_scored(
-    tmp_path: Path, rows: list[dict[str, str]], text: str
+    tmp_path: Path, rows: list[dict[str, Any]], text: str
 ) -> None:
     write_plan(tmp_path, "base", Plan(ids=IDS, max_tokens=8))
     write_rows(result_file(tmp_path, "base", "multiple"), rows)
     with pytest.raises(BenchError, match=text):
         score(tmp_path, ["base"])
+
+
+NO_ANSWERS: list[Any] = [None, 5, [], {}, ["x"], [["x"]]]
+NO_DIALOGUES: list[Any] = [None, 5, "x", {}, ["x"], [[5]], [["x"], None], [[["x"]]]]
+
+
+@pytest.mark.parametrize(
+    ("category", "change"),
+    [
+        *[("irrelevance", {"result": result}) for result in NO_ANSWERS],
+        *[("multi_turn_base", {"result": result}) for result in NO_DIALOGUES],
+        ("irrelevance", {"finish_reason": None}),  # as old runs have them
+        ("irrelevance", {"finish_reason": []}),
+        ("irrelevance", {"finish_reason": "stop"}),
+        ("irrelevance", {"finish_reason": ["abort"]}),
+        ("irrelevance", {"finish_reason": [["stop"]]}),
+    ],
+)
+def test_what_is_no_answer_is_not_scored(
+    tmp_path: Path, category: str, change: dict[str, Any]
+) -> None:
+    ids = (f"{category}_0", f"{category}_1")
+    result: Any = [["Hi."]] if category in MULTI_TURN else "Hi."
+    rows = [{"id": i, "result": result} | ENDS for i in ids]
+    path = result_file(tmp_path, "base", category)
+    plan = Plan(ids={category: ids}, max_tokens=8)
+    write_plan(tmp_path, "base", plan)
+    write_rows(path, rows)
+    check_complete(tmp_path, "base", plan)
+
+    write_rows(path, [rows[0], rows[1] | change])
+    with pytest.raises(BenchError, match=f"1 of 2 questions have no good answer.*{ids[1]}"):
+        score(tmp_path, ["base"])
+    assert keep_good_rows(tmp_path, "base", {category: ids}) == 1
+    assert json.loads(path.read_text()) == rows[0]
+
+
+def test_a_model_may_say_that_an_error_occurred(tmp_path: Path) -> None:
+    rows = [GOOD[0] | {"result": ERROR["result"]}, *GOOD[1:]]
+    write_rows(result_file(tmp_path, "base", "multiple"), rows)
+    assert keep_good_rows(tmp_path, "base", IDS) == 6
+    check_complete(tmp_path, "base", Plan(ids=IDS, max_tokens=8))
+
+
+def test_models_that_were_asked_differently_are_not_compared(tmp_path: Path) -> None:
+    """Their weights and their questions may differ, and known answers stand beside any."""
+    plan = Plan(ids=IDS, max_tokens=8, engine="one 1.0", window=512)
+    few = {"ids": {"multiple": IDS["multiple"][:2]}, "fingerprint": "b"}
+    plans = {"base": plan, "sft": plan.model_copy(update=few), "null": Plan(ids=IDS, max_tokens=0)}
+    check_alike(plans)
+    for key, other in (
+        ("max_tokens", 9),
+        ("temperature", 0.7),
+        ("window", 256),
+        ("engine", "one 1.1"),
+        ("bfcl_eval", "2026.3.23"),
+    ):
+        write_plan(tmp_path, "base", plan)
+        write_plan(tmp_path, "dpo", plan.model_copy(update={key: other}))
+        with pytest.raises(BenchError, match=f"'base' and 'dpo' were not asked alike.*{key}"):
+            score(tmp_path, ["base", "dpo"])
 
 
 def test_a_cut_line_is_not_scored(tmp_path: Path) -> None:
@@ -314,10 +385,12 @@ def test_other_weights_or_another_cap_make_old_answers_void(tmp_path: Path) -> N
     write_plan(tmp_path, "base", plan)
     more = plan.model_copy(update={"ids": {"multiple": ("multiple_0",)}})
     other = plan.model_copy(update={"fingerprint": "abd"})
+    engine = other.model_copy(update={"engine": "vllm 0.21.0"})
     for new, void in (
         (plan, False),
         (more, False),
         (other, True),
+        (engine, True),
         (Plan(ids=IDS, max_tokens=9), True),
     ):
         write_rows(path, GOOD)
@@ -387,7 +460,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(400, {"error": {"message": "the prompt is too long"}})
             return
         text = self.server.answers[user]
-        used = CAP if text.startswith("None") else 7
+        cut = text.startswith("None")
+        used = CAP if cut else 7
         self.reply(  # a lone surrogate cannot be written as UTF-8, but JSON carries it
             200,
             {
@@ -396,7 +470,12 @@ class Handler(BaseHTTPRequestHandler):
                 "created": 0,
                 "model": request["model"],
                 "choices": [
-                    {"index": 0, "text": text + "\ud800", "finish_reason": "stop", "logprobs": None}
+                    {
+                        "index": 0,
+                        "text": text + "\ud800",
+                        "finish_reason": "length" if cut else "stop",
+                        "logprobs": None,
+                    }
                 ],
                 "usage": {"prompt_tokens": 9, "completion_tokens": used, "total_tokens": 9 + used},
             },
@@ -528,7 +607,7 @@ def test_a_served_model_is_asked_and_scored(
     write_plan(root, "evil", Plan(ids={c: tuple(rows) for c, rows in evil.items()}, max_tokens=CAP))
     for category, rows in evil.items():
         path = result_file(root, "evil", category)
-        write_rows(path, [{"id": i, "result": text} for i, text in rows.items()])
+        write_rows(path, [{"id": i, "result": text} | ENDS for i, text in rows.items()])
 
     # So do the answers of a model that was asked one question, and a folder nobody knows.
     write_answers(root, "oracle", {"simple_java": ("simple_java_0",)})
@@ -575,6 +654,12 @@ def test_another_model_on_the_port_is_an_error(tmp_path: Path, server: Server, m
     server.model = "somebody-else"
     with pytest.raises(BenchError, match="serves \\['somebody-else'\\]"):
         generate(tmp_path, "base", SAMPLE, model, server.url)
+
+
+@pytest.mark.parametrize("cap", [-1, 0, 4097, 8192])
+def test_a_cap_that_bfcl_does_not_ask_for_is_refused(tmp_path: Path, cap: int) -> None:
+    with pytest.raises(ValueError, match=f"max_tokens is {cap};.*never asks for more than 4096"):
+        generate(tmp_path, "base", SAMPLE, tmp_path, "http://127.0.0.1:1/v1", max_tokens=cap)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from toolpost.bench import harness
+from toolpost.cli import app
 from toolpost.core.schema import Conversation
 from toolpost.data.pocketset import rows as practice_rows
 
@@ -127,6 +131,45 @@ def test_mask_without_its_row_is_one_message(words: list[str], tmp_path: Path) -
     assert done.stderr
 
 
+def test_bfcl_check_prints_one_object_and_says_that_the_ruler_is_straight(tmp_path: Path) -> None:
+    done = toolpost("bfcl", "check", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(found) == ["oracle", "null", "always", "deviations"]
+    assert found["deviations"] == []
+    groups = {"non_live": 99.75, "live": 99.7, "irrelevance": 100, "multi_turn": 100}
+    assert found["oracle"]["groups"] == groups
+    assert found["oracle"]["simple_java"] == 97
+    assert found["null"]["groups"] == dict.fromkeys(groups, 0) | {"irrelevance": 100}
+    assert found["always"]["live_relevance"] == 100
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bfcl_check_fails_where_the_ruler_is_bent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small sample the known numbers of failures are wrong: these are real deviations."""
+    monkeypatch.setattr(harness, "prove", partial(harness.prove, per_category=1))
+    done = CliRunner().invoke(app, ["bfcl", "check"])
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    assert "oracle, simple_java: 1 of 1 passed, expected 97" in found["deviations"]
+    assert found["oracle"]["multiple"] == 100
+
+
+def test_bfcl_check_names_the_file_that_cannot_be_written(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("toolpost")
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"ulimit -f 400; exec {program} bfcl check"],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert f"File too large: {tmp_path}" in done.stderr
+
+
 def running(group: int) -> list[str]:
     """Give the commands of a process group that still run."""
     found = [p for p in psutil.process_iter() if os.getpgid(p.pid) == group]
@@ -153,3 +196,41 @@ def test_ctrl_c_stops_all_processes_with_one_line(after: float, tmp_path: Path) 
     while running(run.pid) and time.monotonic() < until:
         time.sleep(0.1)
     assert not running(run.pid)
+
+
+def plain(*words: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, list(words))
+    return done.exit_code, done.output
+
+
+def test_the_doctor_says_what_sft_will_repair_and_what_cannot_be_used(tmp_path: Path) -> None:
+    code, said = plain("doctor", "pocket")
+    assert code == 1
+    assert "untrained: <|im_start|>" in said
+    assert "repair: sft replaces these rows before training" in said
+    assert plain("doctor", str(tmp_path / "none"))[0] == 2
+    code, said = plain("doctor", "Qwen/Qwen3-4B-Base")
+    assert code == 2
+    assert "name its commit" in said
+
+
+@pytest.mark.parametrize("profile", ["pocket", "rtx4070", "datacenter"])
+def test_each_profile_is_planned_to_fit_its_own_budget(profile: str) -> None:
+    code, said = plain("plan", "--profile", profile, "--json")
+    assert code == 0
+    found = json.loads(said)
+    assert {one["stage"] for one in found["stages"]} >= {"sft", "dpo shared", "merge"}
+    for one in found["stages"]:
+        assert sum(one["peak"]["parts"].values()) == one["allocated"] > 0
+        assert one["total"] <= found["job"]["memory_gib"] * 2**30
+
+
+def test_a_plan_that_does_not_fit_says_what_is_in_the_way() -> None:
+    code, said = plain("plan", "--profile", "rtx4070", "-p", "memory_gib=4")
+    assert code == 1
+    assert "sft: a micro-batch of 4096 tokens takes" in said
+    assert "most of it is weights" in said
+    assert plain("plan", "--profile", "rtx4070", "-p", "checkpointing=false")[0] == 1
+    code, said = plain("plan", "-p", "memory_gib=0")
+    assert code == 1
+    assert "no memory_gib in the settings of Sft, Dpo, Grpo" in said

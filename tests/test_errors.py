@@ -69,6 +69,18 @@ def sources() -> Iterator[Path]:
     yield Path(str(files("toolpost"))) / "bench" / "worker.py"
 
 
+def test_every_class_is_explained_on_the_page() -> None:
+    assert set(report.EXPLAINED) == set(ErrorClass)
+    scored = CategoryScore(
+        category="multiple", ids=("a",), passed=(False,), errors={"a": TOO_LONG}, too_long=1
+    )
+    asked = ModelScores(model="base", categories={"multiple": scored}, max_tokens=CAP)
+    found = Errors(classes={"base": {E.PROMPT_TOO_LONG: ("a",)}}, metrics={}, examples=())
+    html = to_html(report.taxonomy(found, {"base": asked}))
+    assert E.PROMPT_TOO_LONG.value in html
+    assert report.EXPLAINED[E.PROMPT_TOO_LONG] in html
+
+
 def test_every_error_type_in_the_source_of_bfcl_has_a_class() -> None:
     pattern = re.compile(r"""["']error_type["']\]?\s*[:=]\s*f?["']([^"']+)["']""")
     found = {name for path in sources() for name in pattern.findall(path.read_text("utf-8"))}
@@ -328,10 +340,8 @@ def harm_all(root: Path, stage: str, categories: tuple[str, ...], shift: int) ->
             for name in tuple(fitting):
                 fitting.rotate(-1)
                 if (said := HARMS[name].damage(asked)) is not None:
-                    tokens = CAP if HARMS[name].capped else CAP - 1
-                    counts = [[tokens]] if category in DIALOGUE else tokens
-                    i = asked.question["id"]
-                    rows.append({"id": i, "result": said, "output_token_count": counts})
+                    i, end = asked.question["id"], "length" if HARMS[name].capped else "stop"
+                    rows.append({"id": i, "result": said, "finish_reason": ["stop", end]})
                     harms[i] = name
                     break
         ids[category] = tuple(row["id"] for row in rows)

@@ -26,7 +26,7 @@ from toolpost.train.masks import (
     token_mask,
     trained_tokens,
 )
-from toolpost.train.models import POCKET, load_model, load_tokenizer
+from toolpost.train.models import POCKET, ModelSpec, load_model, load_tokenizer
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 TOKENIZER = load_tokenizer(POCKET)
@@ -59,7 +59,7 @@ ROWS = [
 def prepared_by_trl(texts: Sequence[Mapping[str, str]], folder: Path) -> list[tuple[Any, Any]]:
     """Give the ids and labels that SFTTrainer prepares, with the settings of train.sft."""
     trainer = SFTTrainer(
-        model=load_model(POCKET, 1),
+        model=load_model(ModelSpec()),
         args=SFTConfig(
             output_dir=str(folder),
             completion_only_loss=True,

@@ -14,9 +14,8 @@ from torch.nn.attention.flex_attention import create_mask
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from toolpost.train.models import POCKET, load_tokenizer
+from toolpost.train.models import POCKET, load_tokenizer, lora
 from toolpost.train.prefix import block_mask, pack, sees, share_prefixes, shared_prefix, work
-from toolpost.train.sft import lora
 
 PAIRS = [
     (

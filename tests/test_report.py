@@ -30,7 +30,8 @@ from toolpost.bench.bfcl import (
     cluster,
     questions,
 )
-from toolpost.core.metrics import Count
+from toolpost.core.metrics import METRICS, Count, Grade, row_cluster, tally
+from toolpost.core.schema import Conversation, ToolCall, ToolSpec
 from toolpost.core.stats import Difference, Group, Interval, difference, interval, wilson
 from toolpost.record import PACKAGE, ROOT
 from toolpost.report import charts, page, tables
@@ -353,7 +354,7 @@ def test_live_questions_with_the_same_tools_are_one_witness() -> None:
         tables.category_scores(live_simple(bits(6, 12), tools))["live_simple"]
         for tools in (apart, crowd)
     )
-    assert narrow == wilson(6, 12)
+    assert narrow.model_dump() == pytest.approx(wilson(6, 12).model_dump())
     assert (wide.n, wide.clusters) == (12, 7)
     assert wide.high - wide.low > narrow.high - narrow.low
     alone, together = (
@@ -471,6 +472,77 @@ def test_the_metrics_table_tells_no_answers_from_not_run() -> None:
     drawn = {row.name: row for row in tables.metric_rows(counts)}
     assert drawn["json validity"].empty == "nothing to judge"
     assert drawn["protocol"].empty == "not run"
+    assert "too narrow" in tables.metrics(counts).notes[0]  # no clusters were kept
+
+
+ANSWERS = st.lists(st.tuples(st.sampled_from("abcde"), st.sampled_from([None, False, True])))
+
+
+@given(ANSWERS)
+def test_a_count_keeps_how_its_clusters_came_out(answers: list[tuple[str, bool | None]]) -> None:
+    grades = [Grade(exact_call=value) for _, value in answers]
+    found = tally(grades, [name for name, _ in answers])
+    assert found.keys() == set(METRICS)
+    assert {m: c.model_copy(update={"clusters": ()}) for m, c in found.items()} == tally(grades)
+    count = Count.model_validate(json.loads(found["exact_call"].model_dump_json()))
+    assert count == found["exact_call"]
+    asked = [(name, value) for name, value in answers if value is not None]
+    assert (count.hits, count.n) == (sum(value for _, value in asked), len(asked))
+    if not asked:
+        assert count.clusters == ()
+        return
+    group = Group({"c": 1.0}, {"c": [name for name, _ in asked]})
+    expected = interval(group, {"c": [value for _, value in asked]})
+    assert tables.judged(count).model_dump() == pytest.approx(expected.model_dump())
+
+
+def test_answers_about_one_tool_are_one_witness_of_a_metric() -> None:
+    grades = [Grade(exact_call=i < 40) for i in range(60)]
+    tools = [f"tool_{i // 20}" for i in range(60)]
+    with_tools = {"sft": tally(grades, tools)}
+    naive = tables.judged(tally(grades)["exact_call"])
+    by_tool = tables.judged(with_tools["sft"]["exact_call"])
+    assert naive == wilson(40, 60)
+    assert by_tool.high - by_tool.low > 2 * (naive.high - naive.low)
+    table = tables.metrics(with_tools)
+    cell = {row[0].text: row[2] for row in table.rows}["exact call"]
+    assert plain(cell.small).startswith("40/60 (3) ·")
+    assert "too narrow" not in table.notes[0]
+    drawn = {row.name: row for row in tables.metric_rows(with_tools)}
+    assert drawn["exact call"].points["sft"] == by_tool
+    with pytest.raises(ValueError, match="shorter"):
+        tally(grades, tools[:-1])
+
+
+def test_a_row_belongs_to_its_tool() -> None:
+    tools = {
+        name: ToolSpec(name=name, description="", parameters={"type": "object"}) for name in "ba"
+    }
+    row = Conversation(
+        id=0, source="t", query="q", tools=tools, gold_calls=(ToolCall(name="b", arguments={}),)
+    )
+    assert row_cluster(row) == "b"
+    silent = Conversation(id=0, source="t", query="q", tools=tools, gold_calls=(), answer="No.")
+    assert row_cluster(silent) == "a"
+
+
+def test_what_a_source_did_not_publish_is_not_called_published() -> None:
+    one = tables.Published(
+        model="m",
+        source="s",
+        groups={"Live": 50, "Overall": 35.68, "Web": 3},
+        categories={"irrelevance": 90, "live_irrelevance": 80, "live_relevance": 70},
+    )
+    table = tables.headline({}, [one])
+    cells = dict(zip(table.head, table.rows[-1], strict=True))
+    assert cells["Live"].small == cells["Must call"].small == "all questions"
+    assert (plain(cells["Irrelevance"].text), cells["Irrelevance"].small) == (
+        "85.00 %",
+        "from its categories",
+    )
+    assert table.notes[-1].endswith("in percent: m 35.68, Web 3.00 (s).")
+    bare = one.model_copy(update={"groups": {}})
+    assert not any("Published Overall" in note for note in tables.headline({}, [bare]).notes)
 
 
 # Sentences

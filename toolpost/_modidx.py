@@ -23,6 +23,10 @@ d = {
                 "bench/ask.html#serves.restart",
                 "toolpost/bench/ask.py",
             ),
+            "toolpost.bench.ask.Serves.software": (
+                "bench/ask.html#serves.software",
+                "toolpost/bench/ask.py",
+            ),
             "toolpost.bench.ask._brief": ("bench/ask.html#_brief", "toolpost/bench/ask.py"),
             "toolpost.bench.ask.ask": ("bench/ask.html#ask", "toolpost/bench/ask.py"),
             "toolpost.bench.ask.persist": ("bench/ask.html#persist", "toolpost/bench/ask.py"),
@@ -71,10 +75,7 @@ d = {
                 "bench/bfcl.html#_category_score",
                 "toolpost/bench/bfcl.py",
             ),
-            "toolpost.bench.bfcl._check_ids": (
-                "bench/bfcl.html#_check_ids",
-                "toolpost/bench/bfcl.py",
-            ),
+            "toolpost.bench.bfcl._check": ("bench/bfcl.html#_check", "toolpost/bench/bfcl.py"),
             "toolpost.bench.bfcl._data_folder": (
                 "bench/bfcl.html#_data_folder",
                 "toolpost/bench/bfcl.py",
@@ -88,17 +89,14 @@ d = {
                 "bench/bfcl.html#_error_type",
                 "toolpost/bench/bfcl.py",
             ),
-            "toolpost.bench.bfcl._is_error": (
-                "bench/bfcl.html#_is_error",
-                "toolpost/bench/bfcl.py",
-            ),
+            "toolpost.bench.bfcl._fault": ("bench/bfcl.html#_fault", "toolpost/bench/bfcl.py"),
+            "toolpost.bench.bfcl._is_text": ("bench/bfcl.html#_is_text", "toolpost/bench/bfcl.py"),
             "toolpost.bench.bfcl._job": ("bench/bfcl.html#_job", "toolpost/bench/bfcl.py"),
             "toolpost.bench.bfcl._json_lines": (
                 "bench/bfcl.html#_json_lines",
                 "toolpost/bench/bfcl.py",
             ),
             "toolpost.bench.bfcl._lines": ("bench/bfcl.html#_lines", "toolpost/bench/bfcl.py"),
-            "toolpost.bench.bfcl._longest": ("bench/bfcl.html#_longest", "toolpost/bench/bfcl.py"),
             "toolpost.bench.bfcl._model_folder": (
                 "bench/bfcl.html#_model_folder",
                 "toolpost/bench/bfcl.py",
@@ -128,6 +126,10 @@ d = {
                 "bench/bfcl.html#benchmark_texts",
                 "toolpost/bench/bfcl.py",
             ),
+            "toolpost.bench.bfcl.check_alike": (
+                "bench/bfcl.html#check_alike",
+                "toolpost/bench/bfcl.py",
+            ),
             "toolpost.bench.bfcl.check_complete": (
                 "bench/bfcl.html#check_complete",
                 "toolpost/bench/bfcl.py",
@@ -141,6 +143,7 @@ d = {
                 "toolpost/bench/bfcl.py",
             ),
             "toolpost.bench.bfcl.cluster": ("bench/bfcl.html#cluster", "toolpost/bench/bfcl.py"),
+            "toolpost.bench.bfcl.ended": ("bench/bfcl.html#ended", "toolpost/bench/bfcl.py"),
             "toolpost.bench.bfcl.generate": ("bench/bfcl.html#generate", "toolpost/bench/bfcl.py"),
             "toolpost.bench.bfcl.group_scores": (
                 "bench/bfcl.html#group_scores",
@@ -220,10 +223,6 @@ d = {
                 "toolpost/bench/errors.py",
             ),
             "toolpost.bench.errors._kind": ("bench/errors.html#_kind", "toolpost/bench/errors.py"),
-            "toolpost.bench.errors._longest": (
-                "bench/errors.html#_longest",
-                "toolpost/bench/errors.py",
-            ),
             "toolpost.bench.errors._missed": (
                 "bench/errors.html#_missed",
                 "toolpost/bench/errors.py",
@@ -487,6 +486,10 @@ d = {
                 "bench/worker.html#duration",
                 "toolpost/bench/worker.py",
             ),
+            "toolpost.bench.worker.finish": (
+                "bench/worker.html#finish",
+                "toolpost/bench/worker.py",
+            ),
             "toolpost.bench.worker.give_up": (
                 "bench/worker.html#give_up",
                 "toolpost/bench/worker.py",
@@ -499,6 +502,7 @@ d = {
                 "bench/worker.html#has_room",
                 "toolpost/bench/worker.py",
             ),
+            "toolpost.bench.worker.look": ("bench/worker.html#look", "toolpost/bench/worker.py"),
             "toolpost.bench.worker.main": ("bench/worker.html#main", "toolpost/bench/worker.py"),
             "toolpost.bench.worker.no_answer": (
                 "bench/worker.html#no_answer",
@@ -531,9 +535,11 @@ d = {
             "toolpost.cli._toolpost": ("cli.html#_toolpost", "toolpost/cli.py"),
             "toolpost.cli._which": ("cli.html#_which", "toolpost/cli.py"),
             "toolpost.cli.check": ("cli.html#check", "toolpost/cli.py"),
+            "toolpost.cli.doctor": ("cli.html#doctor", "toolpost/cli.py"),
             "toolpost.cli.main": ("cli.html#main", "toolpost/cli.py"),
             "toolpost.cli.mask": ("cli.html#mask", "toolpost/cli.py"),
             "toolpost.cli.normalize": ("cli.html#normalize", "toolpost/cli.py"),
+            "toolpost.cli.plan": ("cli.html#plan", "toolpost/cli.py"),
             "toolpost.cli.publish": ("cli.html#publish", "toolpost/cli.py"),
             "toolpost.cli.run": ("cli.html#run", "toolpost/cli.py"),
             "toolpost.cli.verify": ("cli.html#verify", "toolpost/cli.py"),
@@ -737,8 +743,16 @@ d = {
         "toolpost.core.metrics": {
             "toolpost.core.metrics.Count": ("core/metrics.html#count", "toolpost/core/metrics.py"),
             "toolpost.core.metrics.Grade": ("core/metrics.html#grade", "toolpost/core/metrics.py"),
+            "toolpost.core.metrics._count": (
+                "core/metrics.html#_count",
+                "toolpost/core/metrics.py",
+            ),
             "toolpost.core.metrics.grade": ("core/metrics.html#grade", "toolpost/core/metrics.py"),
             "toolpost.core.metrics.judge": ("core/metrics.html#judge", "toolpost/core/metrics.py"),
+            "toolpost.core.metrics.row_cluster": (
+                "core/metrics.html#row_cluster",
+                "toolpost/core/metrics.py",
+            ),
             "toolpost.core.metrics.tally": ("core/metrics.html#tally", "toolpost/core/metrics.py"),
         },
         "toolpost.core.normalize": {
@@ -788,34 +802,175 @@ d = {
             ),
         },
         "toolpost.core.pairs": {
-            "toolpost.core.pairs._changed": ("core/pairs.html#_changed", "toolpost/core/pairs.py"),
-            "toolpost.core.pairs._filled": ("core/pairs.html#_filled", "toolpost/core/pairs.py"),
-            "toolpost.core.pairs._other_value": (
-                "core/pairs.html#_other_value",
+            "toolpost.core.pairs.Mistake": ("core/pairs.html#mistake", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs.Perturbed": (
+                "core/pairs.html#perturbed",
                 "toolpost/core/pairs.py",
             ),
-            "toolpost.core.pairs.dropped_argument": (
-                "core/pairs.html#dropped_argument",
+            "toolpost.core.pairs.Refusal": ("core/pairs.html#refusal", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs.Texts": ("core/pairs.html#texts", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs.Tried": ("core/pairs.html#tried", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._Walk": ("core/pairs.html#_walk", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._Walk.__init__": (
+                "core/pairs.html#_walk.__init__",
                 "toolpost/core/pairs.py",
             ),
+            "toolpost.core.pairs._Walk.reach": (
+                "core/pairs.html#_walk.reach",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._argument_mistakes": (
+                "core/pairs.html#_argument_mistakes",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._between": ("core/pairs.html#_between", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._beyond": ("core/pairs.html#_beyond", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._context": ("core/pairs.html#_context", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._count_mistake": (
+                "core/pairs.html#_count_mistake",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._essence": ("core/pairs.html#_essence", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._fits": ("core/pairs.html#_fits", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._key": ("core/pairs.html#_key", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._kind": ("core/pairs.html#_kind", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._left": ("core/pairs.html#_left", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._meaning": ("core/pairs.html#_meaning", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._mistyped": (
+                "core/pairs.html#_mistyped",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._moved": ("core/pairs.html#_moved", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._other_number": (
+                "core/pairs.html#_other_number",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._other_text": (
+                "core/pairs.html#_other_text",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._properties": (
+                "core/pairs.html#_properties",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._put": ("core/pairs.html#_put", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._required": (
+                "core/pairs.html#_required",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._says_nothing": (
+                "core/pairs.html#_says_nothing",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._shuffled": (
+                "core/pairs.html#_shuffled",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._siblings": (
+                "core/pairs.html#_siblings",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._spots": ("core/pairs.html#_spots", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._standard": (
+                "core/pairs.html#_standard",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._unknown_names": (
+                "core/pairs.html#_unknown_names",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._value_mistake": (
+                "core/pairs.html#_value_mistake",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._verdict_fits": (
+                "core/pairs.html#_verdict_fits",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._with_arguments": (
+                "core/pairs.html#_with_arguments",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs._without": ("core/pairs.html#_without", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._words": ("core/pairs.html#_words", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs._written": ("core/pairs.html#_written", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs.allocate": ("core/pairs.html#allocate", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs.call_when_none": (
+                "core/pairs.html#call_when_none",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.doubled_call": (
+                "core/pairs.html#doubled_call",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.enum_violation": (
+                "core/pairs.html#enum_violation",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.extra_call": (
+                "core/pairs.html#extra_call",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.invented_optional": (
+                "core/pairs.html#invented_optional",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.made_up": ("core/pairs.html#made_up", "toolpost/core/pairs.py"),
             "toolpost.core.pairs.missing_call": (
                 "core/pairs.html#missing_call",
                 "toolpost/core/pairs.py",
             ),
-            "toolpost.core.pairs.over_call": (
-                "core/pairs.html#over_call",
+            "toolpost.core.pairs.missing_optional": (
+                "core/pairs.html#missing_optional",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.missing_required": (
+                "core/pairs.html#missing_required",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.mistake_in": (
+                "core/pairs.html#mistake_in",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.mistake_of": (
+                "core/pairs.html#mistake_of",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.other_values": (
+                "core/pairs.html#other_values",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.perturbed": (
+                "core/pairs.html#perturbed",
                 "toolpost/core/pairs.py",
             ),
             "toolpost.core.pairs.perturbed_pair": (
                 "core/pairs.html#perturbed_pair",
                 "toolpost/core/pairs.py",
             ),
-            "toolpost.core.pairs.under_call": (
-                "core/pairs.html#under_call",
+            "toolpost.core.pairs.refusal_of": (
+                "core/pairs.html#refusal_of",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.refuse_when_callable": (
+                "core/pairs.html#refuse_when_callable",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.same_meaning": (
+                "core/pairs.html#same_meaning",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.texts_of": ("core/pairs.html#texts_of", "toolpost/core/pairs.py"),
+            "toolpost.core.pairs.unknown_tool": (
+                "core/pairs.html#unknown_tool",
                 "toolpost/core/pairs.py",
             ),
             "toolpost.core.pairs.wrong_tool": (
                 "core/pairs.html#wrong_tool",
+                "toolpost/core/pairs.py",
+            ),
+            "toolpost.core.pairs.wrong_type": (
+                "core/pairs.html#wrong_type",
                 "toolpost/core/pairs.py",
             ),
             "toolpost.core.pairs.wrong_value": (
@@ -855,6 +1010,24 @@ d = {
             "toolpost.core.patterns.linear_patterns": (
                 "core/patterns.html#linear_patterns",
                 "toolpost/core/patterns.py",
+            ),
+        },
+        "toolpost.core.reward": {
+            "toolpost.core.reward._earned": ("core/reward.html#_earned", "toolpost/core/reward.py"),
+            "toolpost.core.reward._overlap": (
+                "core/reward.html#_overlap",
+                "toolpost/core/reward.py",
+            ),
+            "toolpost.core.reward._right": ("core/reward.html#_right", "toolpost/core/reward.py"),
+            "toolpost.core.reward._worth": ("core/reward.html#_worth", "toolpost/core/reward.py"),
+            "toolpost.core.reward.binary": ("core/reward.html#binary", "toolpost/core/reward.py"),
+            "toolpost.core.reward.calls_of": (
+                "core/reward.html#calls_of",
+                "toolpost/core/reward.py",
+            ),
+            "toolpost.core.reward.decomposed": (
+                "core/reward.html#decomposed",
+                "toolpost/core/reward.py",
             ),
         },
         "toolpost.core.schema": {
@@ -965,12 +1138,17 @@ d = {
             "toolpost.core.stats.Recovery": ("core/stats.html#recovery", "toolpost/core/stats.py"),
             "toolpost.core.stats._Share": ("core/stats.html#_share", "toolpost/core/stats.py"),
             "toolpost.core.stats._below": ("core/stats.html#_below", "toolpost/core/stats.py"),
+            "toolpost.core.stats._counts": ("core/stats.html#_counts", "toolpost/core/stats.py"),
+            "toolpost.core.stats._kinds": ("core/stats.html#_kinds", "toolpost/core/stats.py"),
             "toolpost.core.stats._least": ("core/stats.html#_least", "toolpost/core/stats.py"),
+            "toolpost.core.stats._mean": ("core/stats.html#_mean", "toolpost/core/stats.py"),
+            "toolpost.core.stats._minus": ("core/stats.html#_minus", "toolpost/core/stats.py"),
             "toolpost.core.stats._mirror": ("core/stats.html#_mirror", "toolpost/core/stats.py"),
-            "toolpost.core.stats._mover": ("core/stats.html#_mover", "toolpost/core/stats.py"),
             "toolpost.core.stats._ratio": ("core/stats.html#_ratio", "toolpost/core/stats.py"),
-            "toolpost.core.stats._share": ("core/stats.html#_share", "toolpost/core/stats.py"),
-            "toolpost.core.stats._shares": ("core/stats.html#_shares", "toolpost/core/stats.py"),
+            "toolpost.core.stats._recovered": (
+                "core/stats.html#_recovered",
+                "toolpost/core/stats.py",
+            ),
             "toolpost.core.stats._sign_flip": (
                 "core/stats.html#_sign_flip",
                 "toolpost/core/stats.py",
@@ -980,6 +1158,10 @@ d = {
                 "toolpost/core/stats.py",
             ),
             "toolpost.core.stats._total": ("core/stats.html#_total", "toolpost/core/stats.py"),
+            "toolpost.core.stats._variance": (
+                "core/stats.html#_variance",
+                "toolpost/core/stats.py",
+            ),
             "toolpost.core.stats.bootstrap": (
                 "core/stats.html#bootstrap",
                 "toolpost/core/stats.py",
@@ -996,6 +1178,7 @@ d = {
             ),
             "toolpost.core.stats.mcnemar": ("core/stats.html#mcnemar", "toolpost/core/stats.py"),
             "toolpost.core.stats.recovery": ("core/stats.html#recovery", "toolpost/core/stats.py"),
+            "toolpost.core.stats.share": ("core/stats.html#share", "toolpost/core/stats.py"),
             "toolpost.core.stats.wilson": ("core/stats.html#wilson", "toolpost/core/stats.py"),
         },
         "toolpost.core.toolace": {
@@ -1615,6 +1798,7 @@ d = {
             "toolpost.profile.Data": ("profile.html#data", "toolpost/profile.py"),
             "toolpost.profile.Dpo": ("profile.html#dpo", "toolpost/profile.py"),
             "toolpost.profile.Evaluation": ("profile.html#evaluation", "toolpost/profile.py"),
+            "toolpost.profile.Grpo": ("profile.html#grpo", "toolpost/profile.py"),
             "toolpost.profile.ProfileError": ("profile.html#profileerror", "toolpost/profile.py"),
             "toolpost.profile.Report": ("profile.html#report", "toolpost/profile.py"),
             "toolpost.profile.Sft": ("profile.html#sft", "toolpost/profile.py"),
@@ -1888,8 +2072,16 @@ d = {
                 "report/tables.html#_or_dash",
                 "toolpost/report/tables.py",
             ),
+            "toolpost.report.tables._pair_rows": (
+                "report/tables.html#_pair_rows",
+                "toolpost/report/tables.py",
+            ),
             "toolpost.report.tables._plain_cells": (
                 "report/tables.html#_plain_cells",
+                "toolpost/report/tables.py",
+            ),
+            "toolpost.report.tables._published_overall": (
+                "report/tables.html#_published_overall",
                 "toolpost/report/tables.py",
             ),
             "toolpost.report.tables._published_row": (
@@ -1906,6 +2098,10 @@ d = {
             ),
             "toolpost.report.tables._recovery_cell": (
                 "report/tables.html#_recovery_cell",
+                "toolpost/report/tables.py",
+            ),
+            "toolpost.report.tables._rewards": (
+                "report/tables.html#_rewards",
                 "toolpost/report/tables.py",
             ),
             "toolpost.report.tables._score": (
@@ -1981,6 +2177,10 @@ d = {
                 "report/tables.html#inputs",
                 "toolpost/report/tables.py",
             ),
+            "toolpost.report.tables.judged": (
+                "report/tables.html#judged",
+                "toolpost/report/tables.py",
+            ),
             "toolpost.report.tables.limits": (
                 "report/tables.html#limits",
                 "toolpost/report/tables.py",
@@ -2040,6 +2240,10 @@ d = {
             ),
             "toolpost.report.tables.recovery_table": (
                 "report/tables.html#recovery_table",
+                "toolpost/report/tables.py",
+            ),
+            "toolpost.report.tables.reinforcement": (
+                "report/tables.html#reinforcement",
                 "toolpost/report/tables.py",
             ),
             "toolpost.report.tables.sample": (
@@ -2321,12 +2525,20 @@ d = {
                 "serve/server.html#server.fault",
                 "toolpost/serve/server.py",
             ),
+            "toolpost.serve.server.Server.options": (
+                "serve/server.html#server.options",
+                "toolpost/serve/server.py",
+            ),
             "toolpost.serve.server.Server.restart": (
                 "serve/server.html#server.restart",
                 "toolpost/serve/server.py",
             ),
             "toolpost.serve.server.Server.session": (
                 "serve/server.html#server.session",
+                "toolpost/serve/server.py",
+            ),
+            "toolpost.serve.server.Server.software": (
+                "serve/server.html#server.software",
                 "toolpost/serve/server.py",
             ),
             "toolpost.serve.server.ServerError": (
@@ -2356,6 +2568,10 @@ d = {
                 "serve/server.html#gateway_environment",
                 "toolpost/serve/server.py",
             ),
+            "toolpost.serve.server.gateway_version": (
+                "serve/server.html#gateway_version",
+                "toolpost/serve/server.py",
+            ),
             "toolpost.serve.server.launch": (
                 "serve/server.html#launch",
                 "toolpost/serve/server.py",
@@ -2374,6 +2590,10 @@ d = {
             ),
             "toolpost.serve.server.vllm_environment": (
                 "serve/server.html#vllm_environment",
+                "toolpost/serve/server.py",
+            ),
+            "toolpost.serve.server.vllm_version": (
+                "serve/server.html#vllm_version",
                 "toolpost/serve/server.py",
             ),
         },
@@ -2407,10 +2627,386 @@ d = {
                 "toolpost/serve/supervisor.py",
             ),
         },
+        "toolpost.train.budget": {
+            "toolpost.train.budget.Batch": ("train/budget.html#batch", "toolpost/train/budget.py"),
+            "toolpost.train.budget.Batch.row": (
+                "train/budget.html#batch.row",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.BudgetError": (
+                "train/budget.html#budgeterror",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.BudgetError.__init__": (
+                "train/budget.html#budgeterror.__init__",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Device": (
+                "train/budget.html#device",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Job": ("train/budget.html#job", "toolpost/train/budget.py"),
+            "toolpost.train.budget.Job.budget": (
+                "train/budget.html#job.budget",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Measured": (
+                "train/budget.html#measured",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Measured.error": (
+                "train/budget.html#measured.error",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Peak": ("train/budget.html#peak", "toolpost/train/budget.py"),
+            "toolpost.train.budget.Peak.allocated": (
+                "train/budget.html#peak.allocated",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Peak.largest": (
+                "train/budget.html#peak.largest",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Peak.reserved": (
+                "train/budget.html#peak.reserved",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Peak.total": (
+                "train/budget.html#peak.total",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Planned": (
+                "train/budget.html#planned",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Saved": ("train/budget.html#saved", "toolpost/train/budget.py"),
+            "toolpost.train.budget.Saved.total": (
+                "train/budget.html#saved.total",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Setup": ("train/budget.html#setup", "toolpost/train/budget.py"),
+            "toolpost.train.budget.Setup.copies": (
+                "train/budget.html#setup.copies",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Setup.mixed": (
+                "train/budget.html#setup.mixed",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Setup.width": (
+                "train/budget.html#setup.width",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Shape": ("train/budget.html#shape", "toolpost/train/budget.py"),
+            "toolpost.train.budget.Shape.embedding": (
+                "train/budget.html#shape.embedding",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Shape.largest": (
+                "train/budget.html#shape.largest",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Shape.linear_parameters": (
+                "train/budget.html#shape.linear_parameters",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Shape.linears": (
+                "train/budget.html#shape.linears",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Shape.norms": (
+                "train/budget.html#shape.norms",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Watched": (
+                "train/budget.html#watched",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Watched._drop": (
+                "train/budget.html#watched._drop",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Watched.add": (
+                "train/budget.html#watched.add",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.Watched.keep": (
+                "train/budget.html#watched.keep",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget._attention_bytes": (
+                "train/budget.html#_attention_bytes",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget._batch": (
+                "train/budget.html#_batch",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget._held": ("train/budget.html#_held", "toolpost/train/budget.py"),
+            "toolpost.train.budget._mlp_bytes": (
+                "train/budget.html#_mlp_bytes",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget._nf4_bytes": (
+                "train/budget.html#_nf4_bytes",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget._peak": ("train/budget.html#_peak", "toolpost/train/budget.py"),
+            "toolpost.train.budget._setup": (
+                "train/budget.html#_setup",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget._sized": (
+                "train/budget.html#_sized",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.adapter_parameters": (
+                "train/budget.html#adapter_parameters",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.as_json": (
+                "train/budget.html#as_json",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.cache_bytes": (
+                "train/budget.html#cache_bytes",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.copied_bytes": (
+                "train/budget.html#copied_bytes",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.floor_seconds": (
+                "train/budget.html#floor_seconds",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.generation_peak": (
+                "train/budget.html#generation_peak",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.head_workspace": (
+                "train/budget.html#head_workspace",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.job_of": (
+                "train/budget.html#job_of",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.largest_fitting": (
+                "train/budget.html#largest_fitting",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.layer_bytes": (
+                "train/budget.html#layer_bytes",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.measured": (
+                "train/budget.html#measured",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.merge_peak": (
+                "train/budget.html#merge_peak",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.mlp_workspace": (
+                "train/budget.html#mlp_workspace",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.norm_workspace": (
+                "train/budget.html#norm_workspace",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.optimizer_bytes": (
+                "train/budget.html#optimizer_bytes",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.pass_workspace": (
+                "train/budget.html#pass_workspace",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.plan": ("train/budget.html#plan", "toolpost/train/budget.py"),
+            "toolpost.train.budget.plan_merge": (
+                "train/budget.html#plan_merge",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.plan_profile": (
+                "train/budget.html#plan_profile",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.plan_training": (
+                "train/budget.html#plan_training",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.plan_writing": (
+                "train/budget.html#plan_writing",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.read_shape": (
+                "train/budget.html#read_shape",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.refuse": (
+                "train/budget.html#refuse",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.rows_at_once": (
+                "train/budget.html#rows_at_once",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.saved_bytes": (
+                "train/budget.html#saved_bytes",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.spec_of": (
+                "train/budget.html#spec_of",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.start_measuring": (
+                "train/budget.html#start_measuring",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.static_bytes": (
+                "train/budget.html#static_bytes",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.table": ("train/budget.html#table", "toolpost/train/budget.py"),
+            "toolpost.train.budget.training_peak": (
+                "train/budget.html#training_peak",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.watch": ("train/budget.html#watch", "toolpost/train/budget.py"),
+            "toolpost.train.budget.weight_bytes": (
+                "train/budget.html#weight_bytes",
+                "toolpost/train/budget.py",
+            ),
+        },
         "toolpost.train.doctor": {
+            "toolpost.train.doctor.Diagnosis": (
+                "train/doctor.html#diagnosis",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor.Diagnosis.exit_code": (
+                "train/doctor.html#diagnosis.exit_code",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor.Finding": (
+                "train/doctor.html#finding",
+                "toolpost/train/doctor.py",
+            ),
             "toolpost.train.doctor.Row": ("train/doctor.html#row", "toolpost/train/doctor.py"),
+            "toolpost.train.doctor.UnhealthyError": (
+                "train/doctor.html#unhealthyerror",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._Stored": (
+                "train/doctor.html#_stored",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._Stored.rows": (
+                "train/doctor.html#_stored.rows",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._Stored.size": (
+                "train/doctor.html#_stored.size",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._as_openai": (
+                "train/doctor.html#_as_openai",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._difference": (
+                "train/doctor.html#_difference",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._eos_findings": (
+                "train/doctor.html#_eos_findings",
+                "toolpost/train/doctor.py",
+            ),
             "toolpost.train.doctor._fresh": (
                 "train/doctor.html#_fresh",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._has_null": (
+                "train/doctor.html#_has_null",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._head": ("train/doctor.html#_head", "toolpost/train/doctor.py"),
+            "toolpost.train.doctor._json": ("train/doctor.html#_json", "toolpost/train/doctor.py"),
+            "toolpost.train.doctor._judge": (
+                "train/doctor.html#_judge",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._names": (
+                "train/doctor.html#_names",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._null_findings": (
+                "train/doctor.html#_null_findings",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._nulls_of": (
+                "train/doctor.html#_nulls_of",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._pad_findings": (
+                "train/doctor.html#_pad_findings",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._places": (
+                "train/doctor.html#_places",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._rendered": (
+                "train/doctor.html#_rendered",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._row_findings": (
+                "train/doctor.html#_row_findings",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._same": ("train/doctor.html#_same", "toolpost/train/doctor.py"),
+            "toolpost.train.doctor._says_tied": (
+                "train/doctor.html#_says_tied",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._spread": (
+                "train/doctor.html#_spread",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._stored": (
+                "train/doctor.html#_stored",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._template_fault": (
+                "train/doctor.html#_template_fault",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._template_findings": (
+                "train/doctor.html#_template_findings",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._tensors": (
+                "train/doctor.html#_tensors",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._tie_findings": (
+                "train/doctor.html#_tie_findings",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._tokenizer_fault": (
+                "train/doctor.html#_tokenizer_fault",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._tokenizer_findings": (
+                "train/doctor.html#_tokenizer_findings",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor._weights": (
+                "train/doctor.html#_weights",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor.diagnose": (
+                "train/doctor.html#diagnose",
                 "toolpost/train/doctor.py",
             ),
             "toolpost.train.doctor.embedding": (
@@ -2421,6 +3017,11 @@ d = {
                 "train/doctor.html#examine",
                 "toolpost/train/doctor.py",
             ),
+            "toolpost.train.doctor.invented_nulls": (
+                "train/doctor.html#invented_nulls",
+                "toolpost/train/doctor.py",
+            ),
+            "toolpost.train.doctor.lines": ("train/doctor.html#lines", "toolpost/train/doctor.py"),
             "toolpost.train.doctor.protocol_ids": (
                 "train/doctor.html#protocol_ids",
                 "toolpost/train/doctor.py",
@@ -2429,21 +3030,209 @@ d = {
                 "train/doctor.html#repair",
                 "toolpost/train/doctor.py",
             ),
+            "toolpost.train.doctor.require_healthy": (
+                "train/doctor.html#require_healthy",
+                "toolpost/train/doctor.py",
+            ),
         },
         "toolpost.train.dpo": {
             "toolpost.train.dpo.Aligned": ("train/dpo.html#aligned", "toolpost/train/dpo.py"),
+            "toolpost.train.dpo.DisplacementError": (
+                "train/dpo.html#displacementerror",
+                "toolpost/train/dpo.py",
+            ),
             "toolpost.train.dpo.DpoPlan": ("train/dpo.html#dpoplan", "toolpost/train/dpo.py"),
-            "toolpost.train.dpo._as_row": ("train/dpo.html#_as_row", "toolpost/train/dpo.py"),
-            "toolpost.train.dpo._point": ("train/dpo.html#_point", "toolpost/train/dpo.py"),
-            "toolpost.train.dpo.near_misses": (
-                "train/dpo.html#near_misses",
+            "toolpost.train.dpo.Watch": ("train/dpo.html#watch", "toolpost/train/dpo.py"),
+            "toolpost.train.dpo.Watch.__init__": (
+                "train/dpo.html#watch.__init__",
                 "toolpost/train/dpo.py",
             ),
-            "toolpost.train.dpo.preference_rows": (
-                "train/dpo.html#preference_rows",
+            "toolpost.train.dpo.Watch.on_log": (
+                "train/dpo.html#watch.on_log",
                 "toolpost/train/dpo.py",
             ),
+            "toolpost.train.dpo.dpo_trainer": (
+                "train/dpo.html#dpo_trainer",
+                "toolpost/train/dpo.py",
+            ),
+            "toolpost.train.dpo.fitting_pairs": (
+                "train/dpo.html#fitting_pairs",
+                "toolpost/train/dpo.py",
+            ),
+            "toolpost.train.dpo.sampled": ("train/dpo.html#sampled", "toolpost/train/dpo.py"),
             "toolpost.train.dpo.train_dpo": ("train/dpo.html#train_dpo", "toolpost/train/dpo.py"),
+        },
+        "toolpost.train.grpo": {
+            "toolpost.train.grpo.CollapseError": (
+                "train/grpo.html#collapseerror",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.GroupTrainer": (
+                "train/grpo.html#grouptrainer",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.GroupTrainer._get_per_token_logps_and_entropies": (
+                "train/grpo.html#grouptrainer._get_per_token_logps_and_entropies",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.GrpoPlan": ("train/grpo.html#grpoplan", "toolpost/train/grpo.py"),
+            "toolpost.train.grpo.GrpoPlan._comparable": (
+                "train/grpo.html#grpoplan._comparable",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.Regrouped": (
+                "train/grpo.html#regrouped",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.Regrouped.back": (
+                "train/grpo.html#regrouped.back",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.Regrouped.inputs": (
+                "train/grpo.html#regrouped.inputs",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.Reinforced": (
+                "train/grpo.html#reinforced",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.VariedGroups": (
+                "train/grpo.html#variedgroups",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.VariedGroups._calculate_rewards": (
+                "train/grpo.html#variedgroups._calculate_rewards",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.VariedGroups._compute_loss": (
+                "train/grpo.html#variedgroups._compute_loss",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.VariedGroups._count": (
+                "train/grpo.html#variedgroups._count",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.VariedGroups._generate_and_score_completions": (
+                "train/grpo.html#variedgroups._generate_and_score_completions",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.VariedGroups._prepare_inputs": (
+                "train/grpo.html#variedgroups._prepare_inputs",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.Watch": ("train/grpo.html#watch", "toolpost/train/grpo.py"),
+            "toolpost.train.grpo.Watch.__init__": (
+                "train/grpo.html#watch.__init__",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.Watch.on_log": (
+                "train/grpo.html#watch.on_log",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo._probe": ("train/grpo.html#_probe", "toolpost/train/grpo.py"),
+            "toolpost.train.grpo._report": ("train/grpo.html#_report", "toolpost/train/grpo.py"),
+            "toolpost.train.grpo._sampler": ("train/grpo.html#_sampler", "toolpost/train/grpo.py"),
+            "toolpost.train.grpo._scorer": ("train/grpo.html#_scorer", "toolpost/train/grpo.py"),
+            "toolpost.train.grpo.choose": ("train/grpo.html#choose", "toolpost/train/grpo.py"),
+            "toolpost.train.grpo.frozen": ("train/grpo.html#frozen", "toolpost/train/grpo.py"),
+            "toolpost.train.grpo.grpo_trainer": (
+                "train/grpo.html#grpo_trainer",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.passed": ("train/grpo.html#passed", "toolpost/train/grpo.py"),
+            "toolpost.train.grpo.reachable": (
+                "train/grpo.html#reachable",
+                "toolpost/train/grpo.py",
+            ),
+            "toolpost.train.grpo.regroup": ("train/grpo.html#regroup", "toolpost/train/grpo.py"),
+            "toolpost.train.grpo.schedule": ("train/grpo.html#schedule", "toolpost/train/grpo.py"),
+            "toolpost.train.grpo.train_grpo": (
+                "train/grpo.html#train_grpo",
+                "toolpost/train/grpo.py",
+            ),
+        },
+        "toolpost.train.launch": {
+            "toolpost.train.launch.DpoJob": (
+                "train/launch.html#dpojob",
+                "toolpost/train/launch.py",
+            ),
+            "toolpost.train.launch.DpoJob.run": (
+                "train/launch.html#dpojob.run",
+                "toolpost/train/launch.py",
+            ),
+            "toolpost.train.launch.LaunchError": (
+                "train/launch.html#launcherror",
+                "toolpost/train/launch.py",
+            ),
+            "toolpost.train.launch.SftJob": (
+                "train/launch.html#sftjob",
+                "toolpost/train/launch.py",
+            ),
+            "toolpost.train.launch.SftJob.run": (
+                "train/launch.html#sftjob.run",
+                "toolpost/train/launch.py",
+            ),
+            "toolpost.train.launch._reason": (
+                "train/launch.html#_reason",
+                "toolpost/train/launch.py",
+            ),
+            "toolpost.train.launch.command": (
+                "train/launch.html#command",
+                "toolpost/train/launch.py",
+            ),
+            "toolpost.train.launch.launch": (
+                "train/launch.html#launch",
+                "toolpost/train/launch.py",
+            ),
+            "toolpost.train.launch.main": ("train/launch.html#main", "toolpost/train/launch.py"),
+        },
+        "toolpost.train.loop": {
+            "toolpost.train.loop.Announce": ("train/loop.html#announce", "toolpost/train/loop.py"),
+            "toolpost.train.loop.Announce.__init__": (
+                "train/loop.html#announce.__init__",
+                "toolpost/train/loop.py",
+            ),
+            "toolpost.train.loop.Announce.on_log": (
+                "train/loop.html#announce.on_log",
+                "toolpost/train/loop.py",
+            ),
+            "toolpost.train.loop.Announce.on_train_begin": (
+                "train/loop.html#announce.on_train_begin",
+                "toolpost/train/loop.py",
+            ),
+            "toolpost.train.loop.Plan": ("train/loop.html#plan", "toolpost/train/loop.py"),
+            "toolpost.train.loop.Plan._divisible": (
+                "train/loop.html#plan._divisible",
+                "toolpost/train/loop.py",
+            ),
+            "toolpost.train.loop.Plan.at_once": (
+                "train/loop.html#plan.at_once",
+                "toolpost/train/loop.py",
+            ),
+            "toolpost.train.loop.Seal": ("train/loop.html#seal", "toolpost/train/loop.py"),
+            "toolpost.train.loop.Seal.__init__": (
+                "train/loop.html#seal.__init__",
+                "toolpost/train/loop.py",
+            ),
+            "toolpost.train.loop.Seal.on_save": (
+                "train/loop.html#seal.on_save",
+                "toolpost/train/loop.py",
+            ),
+            "toolpost.train.loop._step_of": ("train/loop.html#_step_of", "toolpost/train/loop.py"),
+            "toolpost.train.loop.entries": ("train/loop.html#entries", "toolpost/train/loop.py"),
+            "toolpost.train.loop.finish": ("train/loop.html#finish", "toolpost/train/loop.py"),
+            "toolpost.train.loop.key_of": ("train/loop.html#key_of", "toolpost/train/loop.py"),
+            "toolpost.train.loop.newest": ("train/loop.html#newest", "toolpost/train/loop.py"),
+            "toolpost.train.loop.prepare": ("train/loop.html#prepare", "toolpost/train/loop.py"),
+            "toolpost.train.loop.run": ("train/loop.html#run", "toolpost/train/loop.py"),
+            "toolpost.train.loop.trainable": (
+                "train/loop.html#trainable",
+                "toolpost/train/loop.py",
+            ),
+            "toolpost.train.loop.trainer_arguments": (
+                "train/loop.html#trainer_arguments",
+                "toolpost/train/loop.py",
+            ),
         },
         "toolpost.train.masks": {
             "toolpost.train.masks.Fault": ("train/masks.html#fault", "toolpost/train/masks.py"),
@@ -2480,12 +3269,170 @@ d = {
             "toolpost.train.masks.visible": ("train/masks.html#visible", "toolpost/train/masks.py"),
         },
         "toolpost.train.merge": {
+            "toolpost.train.merge.Limits": ("train/merge.html#limits", "toolpost/train/merge.py"),
+            "toolpost.train.merge.MergeError": (
+                "train/merge.html#mergeerror",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge.MergePlan": (
+                "train/merge.html#mergeplan",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge.Origin": ("train/merge.html#origin", "toolpost/train/merge.py"),
             "toolpost.train.merge.Parity": ("train/merge.html#parity", "toolpost/train/merge.py"),
-            "toolpost.train.merge._logits": ("train/merge.html#_logits", "toolpost/train/merge.py"),
+            "toolpost.train.merge.Piece": ("train/merge.html#piece", "toolpost/train/merge.py"),
+            "toolpost.train.merge.Proof": ("train/merge.html#proof", "toolpost/train/merge.py"),
+            "toolpost.train.merge.ProofError": (
+                "train/merge.html#prooferror",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge.ProofError.__init__": (
+                "train/merge.html#prooferror.__init__",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge.Seen": ("train/merge.html#seen", "toolpost/train/merge.py"),
+            "toolpost.train.merge._answers": (
+                "train/merge.html#_answers",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge._compared": (
+                "train/merge.html#_compared",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge._files_of": (
+                "train/merge.html#_files_of",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge._kinds": ("train/merge.html#_kinds", "toolpost/train/merge.py"),
+            "toolpost.train.merge._mean": ("train/merge.html#_mean", "toolpost/train/merge.py"),
+            "toolpost.train.merge._obstacle": (
+                "train/merge.html#_obstacle",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge._partial": (
+                "train/merge.html#_partial",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge._parting": (
+                "train/merge.html#_parting",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge._prove": ("train/merge.html#_prove", "toolpost/train/merge.py"),
+            "toolpost.train.merge._publish": (
+                "train/merge.html#_publish",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge._reload": ("train/merge.html#_reload", "toolpost/train/merge.py"),
+            "toolpost.train.merge._settle": ("train/merge.html#_settle", "toolpost/train/merge.py"),
+            "toolpost.train.merge._source": ("train/merge.html#_source", "toolpost/train/merge.py"),
+            "toolpost.train.merge._sum": ("train/merge.html#_sum", "toolpost/train/merge.py"),
+            "toolpost.train.merge._widened": (
+                "train/merge.html#_widened",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge._write": ("train/merge.html#_write", "toolpost/train/merge.py"),
+            "toolpost.train.merge.adapted": ("train/merge.html#adapted", "toolpost/train/merge.py"),
+            "toolpost.train.merge.base_of": ("train/merge.html#base_of", "toolpost/train/merge.py"),
+            "toolpost.train.merge.card": ("train/merge.html#card", "toolpost/train/merge.py"),
+            "toolpost.train.merge.check_merged": (
+                "train/merge.html#check_merged",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge.delta": ("train/merge.html#delta", "toolpost/train/merge.py"),
+            "toolpost.train.merge.exact": ("train/merge.html#exact", "toolpost/train/merge.py"),
+            "toolpost.train.merge.failures": (
+                "train/merge.html#failures",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge.flip_cost": (
+                "train/merge.html#flip_cost",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge.look": ("train/merge.html#look", "toolpost/train/merge.py"),
             "toolpost.train.merge.merge": ("train/merge.html#merge", "toolpost/train/merge.py"),
+            "toolpost.train.merge.merge_adapters": (
+                "train/merge.html#merge_adapters",
+                "toolpost/train/merge.py",
+            ),
             "toolpost.train.merge.parity": ("train/merge.html#parity", "toolpost/train/merge.py"),
+            "toolpost.train.merge.pieces": ("train/merge.html#pieces", "toolpost/train/merge.py"),
+            "toolpost.train.merge.plain": ("train/merge.html#plain", "toolpost/train/merge.py"),
+            "toolpost.train.merge.push": ("train/merge.html#push", "toolpost/train/merge.py"),
+            "toolpost.train.merge.write_settings": (
+                "train/merge.html#write_settings",
+                "toolpost/train/merge.py",
+            ),
+            "toolpost.train.merge.write_weights": (
+                "train/merge.html#write_weights",
+                "toolpost/train/merge.py",
+            ),
+        },
+        "toolpost.train.mine": {
+            "toolpost.train.mine.Dropped": ("train/mine.html#dropped", "toolpost/train/mine.py"),
+            "toolpost.train.mine.Harvest": ("train/mine.html#harvest", "toolpost/train/mine.py"),
+            "toolpost.train.mine.Judged": ("train/mine.html#judged", "toolpost/train/mine.py"),
+            "toolpost.train.mine.MinePlan": ("train/mine.html#mineplan", "toolpost/train/mine.py"),
+            "toolpost.train.mine.Mined": ("train/mine.html#mined", "toolpost/train/mine.py"),
+            "toolpost.train.mine.Mined.kind": (
+                "train/mine.html#mined.kind",
+                "toolpost/train/mine.py",
+            ),
+            "toolpost.train.mine.Mining": ("train/mine.html#mining", "toolpost/train/mine.py"),
+            "toolpost.train.mine._Draft": ("train/mine.html#_draft", "toolpost/train/mine.py"),
+            "toolpost.train.mine._Side": ("train/mine.html#_side", "toolpost/train/mine.py"),
+            "toolpost.train.mine._as_row": ("train/mine.html#_as_row", "toolpost/train/mine.py"),
+            "toolpost.train.mine._chosen_text": (
+                "train/mine.html#_chosen_text",
+                "toolpost/train/mine.py",
+            ),
+            "toolpost.train.mine._draft_of": (
+                "train/mine.html#_draft_of",
+                "toolpost/train/mine.py",
+            ),
+            "toolpost.train.mine._drafts": ("train/mine.html#_drafts", "toolpost/train/mine.py"),
+            "toolpost.train.mine._is_completion": (
+                "train/mine.html#_is_completion",
+                "toolpost/train/mine.py",
+            ),
+            "toolpost.train.mine._kept": ("train/mine.html#_kept", "toolpost/train/mine.py"),
+            "toolpost.train.mine._kinds": ("train/mine.html#_kinds", "toolpost/train/mine.py"),
+            "toolpost.train.mine._more": ("train/mine.html#_more", "toolpost/train/mine.py"),
+            "toolpost.train.mine._pair": ("train/mine.html#_pair", "toolpost/train/mine.py"),
+            "toolpost.train.mine._report": ("train/mine.html#_report", "toolpost/train/mine.py"),
+            "toolpost.train.mine._sampled": ("train/mine.html#_sampled", "toolpost/train/mine.py"),
+            "toolpost.train.mine._scored": ("train/mine.html#_scored", "toolpost/train/mine.py"),
+            "toolpost.train.mine._side": ("train/mine.html#_side", "toolpost/train/mine.py"),
+            "toolpost.train.mine.dpo_rows": ("train/mine.html#dpo_rows", "toolpost/train/mine.py"),
+            "toolpost.train.mine.draft": ("train/mine.html#draft", "toolpost/train/mine.py"),
+            "toolpost.train.mine.fault_of": ("train/mine.html#fault_of", "toolpost/train/mine.py"),
+            "toolpost.train.mine.judged": ("train/mine.html#judged", "toolpost/train/mine.py"),
+            "toolpost.train.mine.mine": ("train/mine.html#mine", "toolpost/train/mine.py"),
+            "toolpost.train.mine.read_pairs": (
+                "train/mine.html#read_pairs",
+                "toolpost/train/mine.py",
+            ),
+            "toolpost.train.mine.write_pairs": (
+                "train/mine.html#write_pairs",
+                "toolpost/train/mine.py",
+            ),
         },
         "toolpost.train.models": {
+            "toolpost.train.models.ModelSpec": (
+                "train/models.html#modelspec",
+                "toolpost/train/models.py",
+            ),
+            "toolpost.train.models._check_config": (
+                "train/models.html#_check_config",
+                "toolpost/train/models.py",
+            ),
+            "toolpost.train.models._fetched": (
+                "train/models.html#_fetched",
+                "toolpost/train/models.py",
+            ),
+            "toolpost.train.models.device": (
+                "train/models.html#device",
+                "toolpost/train/models.py",
+            ),
             "toolpost.train.models.load_model": (
                 "train/models.html#load_model",
                 "toolpost/train/models.py",
@@ -2494,6 +3441,7 @@ d = {
                 "train/models.html#load_tokenizer",
                 "toolpost/train/models.py",
             ),
+            "toolpost.train.models.lora": ("train/models.html#lora", "toolpost/train/models.py"),
             "toolpost.train.models.model_folder": (
                 "train/models.html#model_folder",
                 "toolpost/train/models.py",
@@ -2533,22 +3481,156 @@ d = {
             ),
             "toolpost.train.prefix.work": ("train/prefix.html#work", "toolpost/train/prefix.py"),
         },
+        "toolpost.train.sample": {
+            "toolpost.train.sample.Encoded": (
+                "train/sample.html#encoded",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample.Sample": (
+                "train/sample.html#sample",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample._Batch": (
+                "train/sample.html#_batch",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample._Batch.__init__": (
+                "train/sample.html#_batch.__init__",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample._Batch.draw": (
+                "train/sample.html#_batch.draw",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample._Batch.go_on": (
+                "train/sample.html#_batch.go_on",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample._Drawn": (
+                "train/sample.html#_drawn",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample._Read": ("train/sample.html#_read", "toolpost/train/sample.py"),
+            "toolpost.train.sample._batches": (
+                "train/sample.html#_batches",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample._check_cached": (
+                "train/sample.html#_check_cached",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample._drawn": (
+                "train/sample.html#_drawn",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample._read": ("train/sample.html#_read", "toolpost/train/sample.py"),
+            "toolpost.train.sample._scores": (
+                "train/sample.html#_scores",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample.draw": ("train/sample.html#draw", "toolpost/train/sample.py"),
+            "toolpost.train.sample.encode": (
+                "train/sample.html#encode",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample.left_padded": (
+                "train/sample.html#left_padded",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample.logps_of": (
+                "train/sample.html#logps_of",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample.sample": (
+                "train/sample.html#sample",
+                "toolpost/train/sample.py",
+            ),
+            "toolpost.train.sample.score": ("train/sample.html#score", "toolpost/train/sample.py"),
+            "toolpost.train.sample.score_ids": (
+                "train/sample.html#score_ids",
+                "toolpost/train/sample.py",
+            ),
+        },
         "toolpost.train.sft": {
-            "toolpost.train.sft.Plan": ("train/sft.html#plan", "toolpost/train/sft.py"),
+            "toolpost.train.sft.Probe": ("train/sft.html#probe", "toolpost/train/sft.py"),
+            "toolpost.train.sft.Probe.__init__": (
+                "train/sft.html#probe.__init__",
+                "toolpost/train/sft.py",
+            ),
+            "toolpost.train.sft.Probe.on_evaluate": (
+                "train/sft.html#probe.on_evaluate",
+                "toolpost/train/sft.py",
+            ),
+            "toolpost.train.sft.SftPlan": ("train/sft.html#sftplan", "toolpost/train/sft.py"),
+            "toolpost.train.sft.SftPlan._possible": (
+                "train/sft.html#sftplan._possible",
+                "toolpost/train/sft.py",
+            ),
             "toolpost.train.sft.Trained": ("train/sft.html#trained", "toolpost/train/sft.py"),
+            "toolpost.train.sft._Grouped": ("train/sft.html#_grouped", "toolpost/train/sft.py"),
+            "toolpost.train.sft._Grouped._get_train_sampler": (
+                "train/sft.html#_grouped._get_train_sampler",
+                "toolpost/train/sft.py",
+            ),
+            "toolpost.train.sft._arguments": ("train/sft.html#_arguments", "toolpost/train/sft.py"),
             "toolpost.train.sft._report": ("train/sft.html#_report", "toolpost/train/sft.py"),
-            "toolpost.train.sft.announce": ("train/sft.html#announce", "toolpost/train/sft.py"),
+            "toolpost.train.sft.answers": ("train/sft.html#answers", "toolpost/train/sft.py"),
             "toolpost.train.sft.fitting": ("train/sft.html#fitting", "toolpost/train/sft.py"),
-            "toolpost.train.sft.lora": ("train/sft.html#lora", "toolpost/train/sft.py"),
             "toolpost.train.sft.scored_positions_only": (
                 "train/sft.html#scored_positions_only",
                 "toolpost/train/sft.py",
             ),
             "toolpost.train.sft.train_sft": ("train/sft.html#train_sft", "toolpost/train/sft.py"),
-            "toolpost.train.sft.trainer_arguments": (
-                "train/sft.html#trainer_arguments",
-                "toolpost/train/sft.py",
+        },
+        "toolpost.train.stack": {
+            "toolpost.train.stack.AdapterError": (
+                "train/stack.html#adaptererror",
+                "toolpost/train/stack.py",
             ),
+            "toolpost.train.stack.Manifest": (
+                "train/stack.html#manifest",
+                "toolpost/train/stack.py",
+            ),
+            "toolpost.train.stack.Stack": ("train/stack.html#stack", "toolpost/train/stack.py"),
+            "toolpost.train.stack.Stack._tuner": (
+                "train/stack.html#stack._tuner",
+                "toolpost/train/stack.py",
+            ),
+            "toolpost.train.stack.Stack.below": (
+                "train/stack.html#stack.below",
+                "toolpost/train/stack.py",
+            ),
+            "toolpost.train.stack.Stack.disable_adapter": (
+                "train/stack.html#stack.disable_adapter",
+                "toolpost/train/stack.py",
+            ),
+            "toolpost.train.stack.Stack.save_pretrained": (
+                "train/stack.html#stack.save_pretrained",
+                "toolpost/train/stack.py",
+            ),
+            "toolpost.train.stack.Stack.settle": (
+                "train/stack.html#stack.settle",
+                "toolpost/train/stack.py",
+            ),
+            "toolpost.train.stack.Stack.train": (
+                "train/stack.html#stack.train",
+                "toolpost/train/stack.py",
+            ),
+            "toolpost.train.stack._attach": ("train/stack.html#_attach", "toolpost/train/stack.py"),
+            "toolpost.train.stack._checked": (
+                "train/stack.html#_checked",
+                "toolpost/train/stack.py",
+            ),
+            "toolpost.train.stack.check_adapter": (
+                "train/stack.html#check_adapter",
+                "toolpost/train/stack.py",
+            ),
+            "toolpost.train.stack.save_adapter": (
+                "train/stack.html#save_adapter",
+                "toolpost/train/stack.py",
+            ),
+            "toolpost.train.stack.seal": ("train/stack.html#seal", "toolpost/train/stack.py"),
+            "toolpost.train.stack.stack": ("train/stack.html#stack", "toolpost/train/stack.py"),
         },
     },
 }

@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-# %% ../nbs/02_pipeline.ipynb #ddc6319e
+# %% ../nbs/02_pipeline.ipynb #9f215c25
 @dataclass(frozen=True)
 class Node:
     """A stage's place in the graph."""
@@ -61,19 +61,23 @@ GRAPH: Final[Mapping[str, Node]] = {
     "30_sft": Node(
         needs=("20_data",),
         rooms=("core", "data", "train", "models"),
-        makes=("models/sft/model.safetensors",),
+        makes=("adapters/sft/manifest.json", "models/sft/proof.json"),
     ),
     "40_dpo": Node(
         needs=("20_data", "30_sft"),
         rooms=("core", "data", "train"),
-        makes=("models/dpo/model.safetensors",),
+        makes=("adapters/dpo/manifest.json", "models/dpo/proof.json"),
+    ),
+    "50_grpo": Node(
+        needs=("20_data", "30_sft", "40_dpo"),
+        rooms=("core", "data", "train"),
     ),
     "60_eval": Node(
-        needs=("10_anchors", "20_data", "30_sft", "40_dpo"),
+        needs=("10_anchors", "20_data", "30_sft", "40_dpo", "50_grpo"),
         rooms=("core", "data", "bench", "serve"),
     ),
     "80_report": Node(
-        needs=("10_anchors", "20_data", "30_sft", "40_dpo", "60_eval"),
+        needs=("10_anchors", "20_data", "30_sft", "40_dpo", "50_grpo", "60_eval"),
         rooms=("core", "bench", "report"),
     ),
 }

@@ -20,9 +20,11 @@ __all__ = [
     "PROFILES",
     "STAGES",
     "Anchors",
+    "Count",
     "Data",
     "Dpo",
     "Evaluation",
+    "Grpo",
     "Positive",
     "ProfileError",
     "Rate",
@@ -36,19 +38,22 @@ __all__ = [
     "parse_overrides",
 ]
 
-# %% ../nbs/01_profile.ipynb #3e12ea44
+# %% ../nbs/01_profile.ipynb #87ecc4c3
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=0.5)]
 SourceName = Literal["practice", "xlam", "toolace"]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Steps = Annotated[int, Field(ge=-1)]
+Count = Annotated[int, Field(ge=0)]
 
 
 class Anchors(Settings):
     """10_anchors: the published ceiling, the harness's own noise, the floor."""
 
     model: str = "pocket"
+    revision: str = ""
     ceiling: str = ""
+    ceiling_revision: str = ""
     per_category: Annotated[int, Field(ge=0)] = 20
     multi_turn: bool = False
     max_tokens: Positive = 128
@@ -77,26 +82,63 @@ class Training(Settings):
     rank: Positive = 64
     learning_rate: Rate = 3e-3
     batch_size: Positive = 4
+    micro_batch: Count = 0
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Steps = -1
     max_length: Positive = 768
+    checkpointing: bool = False
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    save_steps: Count = 0
+    merged: Literal["bfloat16", "float32"] = "float32"
+    memory_gib: Annotated[float, Field(ge=0)] = 0
 
 
 class Sft(Training):
     """30_sft: supervised fine-tuning."""
 
     model: str = "pocket"
+    revision: str = ""
+    quantize: Literal["none", "nf4"] = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
+    pack_tokens: Count = 0
+    patience: Count = 0
+    probe_rows: Count = 32
+    processes: Positive = 1
 
 
 class Dpo(Training):
-    """40_dpo: preference optimisation on near misses."""
+    """40_dpo: preference optimisation on the policy's own errors and on near misses."""
 
     rank: Positive = 32
     learning_rate: Rate = 5e-5
     batch_size: Positive = 8
     beta: Rate = 0.1
     sft_weight: Annotated[float, Field(ge=0)] = 1.0
+    max_displacement: Annotated[float, Field(gt=0)] = 5.0
     pairs: Positive = 240
+    prompts: Count = 120
+    samples: Positive = 4
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_new_tokens: Positive = 128
+    chosen_by: Literal["gold", "policy"] = "policy"
+    processes: Positive = 1
+
+
+class Grpo(Training):
+    """50_grpo: reinforcement with verifiable rewards."""
+
+    rank: Positive = 32
+    learning_rate: Rate = 1e-4
+    batch_size: Positive = 8
+    max_steps: Count = 0
+    prompts: Positive = 240
+    group: Annotated[int, Field(ge=2)] = 8
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_new_tokens: Positive = 128
+    reward: Literal["binary", "decomposed"] = "binary"
+    share_prefix: bool = True
+    probe_rows: Count = 64
 
 
 class Evaluation(Settings):
@@ -118,6 +160,7 @@ STAGES: Final[Mapping[str, type[Settings]]] = {
     "20_data": Data,
     "30_sft": Sft,
     "40_dpo": Dpo,
+    "50_grpo": Grpo,
     "60_eval": Evaluation,
     "80_report": Report,
 }

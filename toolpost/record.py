@@ -213,10 +213,9 @@ class Stage(Generic[S]):
         return path
 
 
-# %% ../nbs/00_record.ipynb #2c7320b1
+# %% ../nbs/00_record.ipynb #42ccdc60
 QUIET: Final = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_WAIT_POLICY": "PASSIVE",

@@ -16,7 +16,7 @@ from .bfcl import BenchError, Plan, Say, UnfinishedError, generate
 # %% auto #0
 __all__ = ["Serves", "T", "ask", "persist"]
 
-# %% ../../nbs/bench/05_ask.ipynb #06dcb3a7
+# %% ../../nbs/bench/05_ask.ipynb #c3772de3
 T = TypeVar("T")
 
 
@@ -26,6 +26,10 @@ class Serves(Protocol):
     @property
     def base_url(self) -> str:
         """The address, `http://host:port/v1`."""
+
+    @property
+    def software(self) -> str:
+        """What computes the answers, with its version."""
 
     def fault(self) -> str | None:
         """Say why it does not complete; None if it does."""
@@ -76,7 +80,7 @@ def persist(
     raise BenchError("\n".join(["gave up; good answers are kept, so run it again:", *told]))
 
 
-# %% ../../nbs/bench/05_ask.ipynb #842351b0
+# %% ../../nbs/bench/05_ask.ipynb #ef2ebfcd
 def ask(
     server: Serves,  # running; it must serve the model under the string `model_path`
     root: Path,  # the run's folder for BFCL
@@ -94,5 +98,6 @@ def ask(
         BenchError: see `persist` and `generate`.
         ValueError: a category, a stage name or an address that cannot be.
     """
-    once = partial(generate, root, stage, ids, model_path, say=say, **options)
+    options |= {"engine": server.software, "say": say}
+    once = partial(generate, root, stage, ids, model_path, **options)
     return persist(server, once, attempts, say)

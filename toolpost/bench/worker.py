@@ -28,16 +28,20 @@ from ..core.schema import Frozen
 # %% auto #0
 __all__ = [
     "GAVE_UP",
+    "LONGEST",
     "Courier",
+    "Finish",
     "GenerateJob",
     "Meter",
     "ScoreJob",
     "append",
     "asker",
     "duration",
+    "finish",
     "give_up",
     "harmless",
     "has_room",
+    "look",
     "main",
     "no_answer",
     "reader",
@@ -46,8 +50,10 @@ __all__ = [
     "verdict",
 ]
 
+# %% ../../nbs/bench/02_worker.ipynb #2580dcf1
+LONGEST: Final = 4096  # tokens; `base_oss_handler.py:291` of bfcl-eval
 
-# %% ../../nbs/bench/02_worker.ipynb #e4a099c2
+
 class GenerateJob(Frozen):
     """Ask one model the questions listed in BFCL's id file."""
 
@@ -55,7 +61,7 @@ class GenerateJob(Frozen):
     name: str  # the name in BFCL's registry
     label: str  # what progress lines call the model
     model_path: str  # folder with tokenizer and config; also the `model` field of every request
-    max_tokens: int = Field(gt=0)  # the longest answer, in tokens
+    max_tokens: int = Field(gt=0, le=LONGEST)  # the longest answer, in tokens
     temperature: float = 0.0
     threads: int = Field(gt=0)  # requests in flight
     request_timeout_s: float = Field(gt=0)
@@ -221,6 +227,27 @@ class Courier:
         raise AssertionError("the last pause is None")
 
 
+# %% ../../nbs/bench/02_worker.ipynb #5748fd0e
+Finish = Literal["stop", "length", "window"]
+
+
+def finish(
+    reason: object,  # the server's word
+    asked: int,  # tokens that the request allowed
+    cap: int,  # tokens that the job allows
+) -> Finish:
+    """Say why an answer ended.
+
+    Raises:
+        ValueError: neither the model nor a limit has ended it.
+    """
+    if reason == "stop":
+        return "stop"
+    if reason == "length":
+        return "length" if asked >= cap else "window"
+    raise ValueError(f"the server broke the answer off: its finish_reason is {reason!r}")
+
+
 # %% ../../nbs/bench/02_worker.ipynb #77a43c09
 def no_answer(prompt_tokens: int) -> Any:
     """Make the response of a server that had no room for an answer."""
@@ -269,11 +296,33 @@ def _write(folder: Path, result: dict[str, Any], result_dir: Path, **_: Any) -> 
         give_up(f"an answer cannot be written: {problem}")
 
 
-# %% ../../nbs/bench/02_worker.ipynb #7a630db8
+# %% ../../nbs/bench/02_worker.ipynb #32b61581
+_PROBE_S: Final = 10.0
+
+
+def look(url: str, timeout_s: float) -> Any:
+    """Get a server's list of models, once; end this process if it does not come."""
+    import httpx
+
+    try:
+        answer = httpx.get(url, timeout=timeout_s, trust_env=False)
+    except httpx.HTTPError as problem:
+        give_up(f"the server is not ready ({type(problem).__name__}: {problem})")
+    if answer.status_code != 200:
+        give_up(f"the server is not ready ({url} answers with status {answer.status_code})")
+    return answer
+
+
+# %% ../../nbs/bench/02_worker.ipynb #4f5cc374
 def asker(job: GenerateJob) -> type:
     """Make the handler class that asks a model."""
+    from bfcl_eval.model_handler.local_inference import base_oss_handler
     from openai import APIConnectionError, APITimeoutError
 
+    probe = partial(look, timeout_s=min(job.request_timeout_s, _PROBE_S))
+    base_oss_handler.requests = SimpleNamespace(
+        get=probe, exceptions=base_oss_handler.requests.exceptions
+    )
     meter = Meter(job.label, job.done, job.total)
     here = threading.local()
 
@@ -293,7 +342,7 @@ def asker(job: GenerateJob) -> type:
 
         def is_there(self) -> bool:
             try:
-                self.client.models.list(timeout=10)
+                self.client.models.list(timeout=_PROBE_S)
             except APIConnectionError as problem:
                 return isinstance(problem, APITimeoutError)
             return True
@@ -308,22 +357,25 @@ def asker(job: GenerateJob) -> type:
             if request["max_tokens"] in (0, 1000):  # what BFCL asks for when there is no room
                 length = len(self.tokenizer.tokenize(request["prompt"]))
                 if not has_room(length, self.max_context_length):
-                    here.too_long += 1
+                    here.finished.append("window")
                     return no_answer(length)
             answer = courier(**request | {"prompt": harmless(request["prompt"])})
-            answer.choices[0].text = harmless(answer.choices[0].text)
+            (choice,) = answer.choices
+            why = finish(choice.finish_reason, request["max_tokens"], job.max_tokens)
+            here.finished.append(why)
+            choice.text = harmless(choice.text)
             return answer
 
         @override
         def inference(
             self, test_entry: Any, include_input_log: bool, exclude_state_log: bool
         ) -> Any:
-            here.too_long = 0
+            here.finished = []
             try:
                 result, more = super().inference(test_entry, include_input_log, exclude_state_log)
             finally:
                 meter.tick()
-            return result, more | ({"too_long": here.too_long} if here.too_long else {})
+            return result, more | {"finish_reason": here.finished}
 
     return Asker
 

@@ -149,7 +149,7 @@ def json_line(row: Conversation) -> bytes:
     return b'{"tools":{%b},%b\n' % (tools, others[1:])
 
 
-# %% ../../nbs/core/00_schema.ipynb #db1b9aeb
+# %% ../../nbs/core/00_schema.ipynb #9ed78d14
 class PreferencePair(Frozen):
     """A better and a worse reaction to the same request."""
 
@@ -160,6 +160,7 @@ class PreferencePair(Frozen):
     rejection_reason: str
     history: tuple[Message, ...] = ()
     answer: str | None = None  # the text that stands for an empty tuple of calls
+    wrapped: bool = False  # as in the conversation it was made of
     origin: Literal["on-policy", "perturbed"]
 
 

@@ -348,7 +348,7 @@ def dumbbell(
     )
 
 
-# %% ../../nbs/report/00_charts.ipynb #f351377d
+# %% ../../nbs/report/00_charts.ipynb #f3460555
 def metric_dots(
     rows: Sequence[Row],
     models: Sequence[str] = tuple(LABEL),
@@ -360,8 +360,8 @@ def metric_dots(
         lambda narrow: _dots(rows, models, _NARROW if narrow else _WIDE),
         caption=(
             "Share of the held-out practice questions that count for the metric. Lines: 95 % "
-            f"Wilson intervals. Hollow marks: fewer than {SMALL} answers. A dash: not run, or "
-            "nothing to judge. \N{DOWNWARDS ARROW}: lower is better."
+            f"intervals, as in the table. Hollow marks: fewer than {SMALL} answers. A dash: not "
+            "run, or nothing to judge. \N{DOWNWARDS ARROW}: lower is better."
         ),
         alt=f"{len(rows)} practice metrics of {', '.join(LABEL[m] for m in models)}",
     )

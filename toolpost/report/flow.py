@@ -29,7 +29,7 @@ def errors(records: Records) -> Errors | None:
     return found
 
 
-# %% ../../nbs/report/03_flow.ipynb #1b515f43
+# %% ../../nbs/report/03_flow.ipynb #06a1ccc1
 _E: Final = ErrorClass
 EXPLAINED: Final[Mapping[ErrorClass, str]] = {
     _E.RAN_AWAY: "cut off at the cap before there was what was due",
@@ -47,6 +47,7 @@ EXPLAINED: Final[Mapping[ErrorClass, str]] = {
     _E.EMPTY_TURN: "a dialogue's turn that needs a call has none",
     _E.WRONG_STATE: "a dialogue that leaves the world in another state",
     _E.WRONG_RESULT: "a dialogue that did not find something out",
+    _E.PROMPT_TOO_LONG: "the window had no room for a whole answer",
     _E.OTHER: "BFCL does not say",
 }
 
@@ -121,7 +122,7 @@ def _outcomes(found: Errors, scores: ModelScores) -> dict[str, str]:
     return dict.fromkeys(ids, RIGHT) | {i: kind.value for kind, some in classes for i in some}
 
 
-# %% ../../nbs/report/03_flow.ipynb #3ed56adf
+# %% ../../nbs/report/03_flow.ipynb #223b7a68
 def matrix(found: Errors | None, models: Mapping[str, ModelScores], old: str, new: str) -> Table:
     """Count the questions by what they were (rows) and what they became (columns)."""
     title = f"What became of each error: {LABEL[old]} (rows) to {LABEL[new]} (columns)"
