@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
@@ -201,3 +202,19 @@ def test_any_calls_are_read_as_bfcl_reads_them(
     found = [{"name": c.name, "arguments": c.arguments} for c in parse_answer(text).calls]
     assert found == handler._extract_tool_calls(text) == calls
     assert parse_answer(text + END + text).calls == tuple(made)
+
+
+TAGS = ("<tool_call>", "</tool_call>", "\n", "x", "{}", "<tool_call>\n", "\n</tool_call>")
+
+
+@given(st.lists(st.sampled_from(TAGS), max_size=14).map("".join))
+def test_blocks_are_those_of_the_lazy_regular_expression(text: str) -> None:
+    """BFCL's handler finds calls with this expression; ours is linear and must find the same."""
+    lazy = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
+    answer = parse_answer(text)
+    assert len(answer.calls) + len(answer.errors) >= len(lazy.findall(text))
+    assert answer.prose == lazy.sub("", text).strip()
+
+
+def test_many_opening_tags_are_read_at_once() -> None:
+    assert parse_answer("<tool_call>\n" * 200_000).calls == ()

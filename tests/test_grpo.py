@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 from killed_training import MOMENTS
+from transformers import TrainerState
 from trl import GRPOTrainer
 
 from toolpost.core.format import END, completion_of, prompt_of
@@ -18,9 +19,11 @@ from toolpost.data.build import conversations, items, training_rows
 from toolpost.data.pocketset import rows as practice_rows
 from toolpost.record import sha256
 from toolpost.train.grpo import (
+    CollapseError,
     GroupTrainer,
     GrpoPlan,
     Reinforced,
+    Watch,
     frozen,
     grpo_trainer,
     passed,
@@ -279,7 +282,7 @@ def test_the_same_seed_gives_the_same_adapter(
 def test_small_passes_give_the_same_steps(
     trained: tuple[Path, Reinforced], sft: Path, rows: list[Conversation], tmp_path: Path
 ) -> None:
-    """One prompt at a time, computing twice: the same answers, and the same loss but for rounding."""
+    """One prompt at a time, activations computed twice: the same but for rounding."""
     plan = TINY.model_copy(update={"micro_batch": 1, "checkpointing": True})
     found = train_grpo(ModelSpec(), [sft], rows, plan, tmp_path / "small", say=quiet)
     for one, other in zip(found.curve, trained[1].curve, strict=True):
@@ -375,6 +378,17 @@ def test_each_pass_asks_every_prompt_once() -> None:
     assert order[:10] != order[10:]
     assert schedule(10, plan) == order
     assert schedule(0, plan) == []
+
+
+def test_a_policy_that_refuses_everything_is_stopped() -> None:
+    watch = Watch(limit=0.5)
+    state = TrainerState(global_step=7)
+    for refused in (0.0, 1.0, 1.0, 0.0, 0.0, 0.9, 0.8):  # four in a row: half at most
+        watch.on_log(None, state, None, logs={"refused": refused})
+    watch.on_log(None, state, None, logs={"train_runtime": 1.0})  # the last entry has no answers
+    with pytest.raises(CollapseError, match="refuse though a call is due") as caught:
+        watch.on_log(None, state, None, logs={"refused": 0.8})
+    assert "at step 7 62%" in str(caught.value)
 
 
 def test_too_few_rows_are_refused(tmp_path: Path, rows: list[Conversation]) -> None:

@@ -14,7 +14,7 @@ from toolpost.train.loop import newest
 from toolpost.train.stack import AdapterError, check_adapter
 
 _SERVER = multiprocessing.get_context("forkserver")  # imports torch and TRL once, forks after that
-_SERVER.set_forkserver_preload(["killed_training"])
+_SERVER.set_forkserver_preload(["toolpost.train.dpo", "toolpost.data.pocketset"])
 
 
 def ended(target: Callable[..., None], *arguments: Any) -> int:

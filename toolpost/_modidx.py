@@ -541,6 +541,7 @@ d = {
             "toolpost.cli.normalize": ("cli.html#normalize", "toolpost/cli.py"),
             "toolpost.cli.plan": ("cli.html#plan", "toolpost/cli.py"),
             "toolpost.cli.publish": ("cli.html#publish", "toolpost/cli.py"),
+            "toolpost.cli.push": ("cli.html#push", "toolpost/cli.py"),
             "toolpost.cli.run": ("cli.html#run", "toolpost/cli.py"),
             "toolpost.cli.verify": ("cli.html#verify", "toolpost/cli.py"),
         },
@@ -701,6 +702,7 @@ d = {
                 "core/format.html#_assistant",
                 "toolpost/core/format.py",
             ),
+            "toolpost.core.format._blocks": ("core/format.html#_blocks", "toolpost/core/format.py"),
             "toolpost.core.format._no_constant": (
                 "core/format.html#_no_constant",
                 "toolpost/core/format.py",
@@ -2064,6 +2066,10 @@ d = {
                 "report/tables.html#_line_up",
                 "toolpost/report/tables.py",
             ),
+            "toolpost.report.tables._memory_rows": (
+                "report/tables.html#_memory_rows",
+                "toolpost/report/tables.py",
+            ),
             "toolpost.report.tables._not_run": (
                 "report/tables.html#_not_run",
                 "toolpost/report/tables.py",
@@ -2760,6 +2766,10 @@ d = {
                 "train/budget.html#_sized",
                 "toolpost/train/budget.py",
             ),
+            "toolpost.train.budget._whole_part": (
+                "train/budget.html#_whole_part",
+                "toolpost/train/budget.py",
+            ),
             "toolpost.train.budget.adapter_parameters": (
                 "train/budget.html#adapter_parameters",
                 "toolpost/train/budget.py",
@@ -2774,6 +2784,10 @@ d = {
             ),
             "toolpost.train.budget.copied_bytes": (
                 "train/budget.html#copied_bytes",
+                "toolpost/train/budget.py",
+            ),
+            "toolpost.train.budget.decide": (
+                "train/budget.html#decide",
                 "toolpost/train/budget.py",
             ),
             "toolpost.train.budget.floor_seconds": (
@@ -2847,10 +2861,6 @@ d = {
             ),
             "toolpost.train.budget.refuse": (
                 "train/budget.html#refuse",
-                "toolpost/train/budget.py",
-            ),
-            "toolpost.train.budget.rows_at_once": (
-                "train/budget.html#rows_at_once",
                 "toolpost/train/budget.py",
             ),
             "toolpost.train.budget.saved_bytes": (

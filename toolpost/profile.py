@@ -38,7 +38,7 @@ __all__ = [
     "parse_overrides",
 ]
 
-# %% ../nbs/01_profile.ipynb #87ecc4c3
+# %% ../nbs/01_profile.ipynb #fe16ac08
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=0.5)]
 SourceName = Literal["practice", "xlam", "toolace"]
@@ -86,7 +86,7 @@ class Training(Settings):
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Steps = -1
     max_length: Positive = 768
-    checkpointing: bool = False
+    checkpointing: bool | None = None
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     save_steps: Count = 0
     merged: Literal["bfloat16", "float32"] = "float32"
@@ -137,6 +137,7 @@ class Grpo(Training):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_new_tokens: Positive = 128
     reward: Literal["binary", "decomposed"] = "binary"
+    max_refused: Annotated[float, Field(ge=0, le=1)] = 0.5
     share_prefix: bool = True
     probe_rows: Count = 64
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -128,8 +127,9 @@ def completion_of(calls: Sequence[ToolCall], answer: str | None = None) -> str:
     return (render_calls(calls) if calls else str(answer)) + END
 
 
-# %% ../../nbs/core/04_format.ipynb #2276ab82
-_BLOCK: Final = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
+# %% ../../nbs/core/04_format.ipynb #a1baa937
+_OPEN: Final = "<tool_call>\n"
+_CLOSE: Final = "\n</tool_call>"
 LONGEST: Final = 100_000  # characters of a JSON text; no honest call is longer
 
 
@@ -199,7 +199,7 @@ def strict_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-# %% ../../nbs/core/04_format.ipynb #a50224f8
+# %% ../../nbs/core/04_format.ipynb #f1750205
 def call_of(value: Any) -> ToolCall:
     """Take JSON for a call.
 
@@ -213,18 +213,34 @@ def call_of(value: Any) -> ToolCall:
     return ToolCall(name=value["name"], arguments=value["arguments"])
 
 
+def _blocks(text: str) -> tuple[list[str], str]:
+    """Give what is between the tags, and the rest; each opening tag meets the nearest closing one.
+
+    In linear time: a lazy regular expression is quadratic in the number of opening tags.
+    """
+    found, rest, at = [], [], 0
+    while (start := text.find(_OPEN, at)) >= 0:
+        if (end := text.find(_CLOSE, start + len(_OPEN))) < 0:
+            break
+        rest.append(text[at:start])
+        found.append(text[start + len(_OPEN) : end])
+        at = end + len(_CLOSE)
+    return found, "".join([*rest, text[at:]])
+
+
 def parse_answer(
     text: str,  # a completion, with or without its end token
 ) -> Answer:
     """Take an answer apart; never raises, whatever the text."""
     text = text.split(END, 1)[0]
     calls, errors = [], []
-    for block in _BLOCK.findall(text):
+    blocks, rest = _blocks(text)
+    for block in blocks:
         try:
             calls.append(call_of(strict_json(block)))
         except ValueError as problem:
             errors.append(str(problem))
-    prose = _BLOCK.sub("", text).strip()
+    prose = rest.strip()
     if "<tool_call>" in prose or "</tool_call>" in prose:
         errors.append("a tag without its partner, or without newlines inside")
     return Answer(calls=tuple(calls), errors=tuple(errors), prose=prose)

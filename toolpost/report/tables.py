@@ -897,7 +897,7 @@ def samples(records: Records) -> Markup:
     )
 
 
-# %% ../../nbs/report/01_tables.ipynb #018705e5
+# %% ../../nbs/report/01_tables.ipynb #bcc23b83
 def curve(records: Records, stage: str, key: str = "curve") -> list[dict[str, Any]]:
     """Give what a training stage logged; empty if it was not run."""
     return part(records, stage, key, list[dict[str, Any]]) or []
@@ -919,9 +919,22 @@ def training_table(records: Records) -> Table:
             value = part(records, stage, key, int)
             shown = Cell(NOT_RUN, "", "muted") if value is None else Cell(f"{value:,}")
             rows.append((Cell(f"{name} {key.replace('_', ' ')}"), shown))
+        rows += _memory_rows(records, stage, name)
         if stage == "40_dpo":
             rows += _pair_rows(records)
     return Table("Training", ("what", "count"), tuple(rows))
+
+
+def _memory_rows(records: Records, stage: str, name: str) -> list[tuple[Cell, ...]]:
+    memory = part(records, stage, "memory", dict[str, Any])
+    if not memory:
+        return []
+    shown = [f"{memory['predicted'] / 2**20:,.0f}{_GAP}MiB predicted"]
+    if memory["allocated"]:
+        shown.append(f"{memory['allocated'] / 2**20:,.0f}{_GAP}MiB measured")
+    else:
+        shown.append(memory["how"])
+    return [(Cell(f"{name} peak memory"), Cell("; ".join(shown)))]
 
 
 def _pair_rows(records: Records) -> list[tuple[Cell, ...]]:
