@@ -230,7 +230,7 @@ def test_a_plan_that_does_not_fit_says_what_is_in_the_way() -> None:
     assert code == 1
     assert "sft: a micro-batch of 4096 tokens takes" in said
     assert "most of it is weights" in said
-    assert plain("plan", "--profile", "rtx4070", "-p", "checkpointing=false")[0] == 1
+    assert plain("plan", "--profile", "rtx4070", "-p", "checkpointing=never")[0] == 1
     code, said = plain("plan", "-p", "memory_gib=0")
     assert code == 1
     assert "no memory_gib in the settings of Sft, Dpo, Grpo" in said

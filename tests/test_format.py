@@ -218,3 +218,12 @@ def test_blocks_are_those_of_the_lazy_regular_expression(text: str) -> None:
 
 def test_many_opening_tags_are_read_at_once() -> None:
     assert parse_answer("<tool_call>\n" * 200_000).calls == ()
+
+
+@pytest.mark.parametrize(("depth", "read"), [(98, True), (101, False), (600, False), (5000, False)])
+def test_a_call_nested_too_deeply_is_an_error_and_no_crash(depth: int, read: bool) -> None:
+    nested = "[" * depth + "]" * depth
+    text = f'<tool_call>\n{{"name": "f", "arguments": {{"x": {nested}}}}}\n</tool_call>'
+    answer = parse_answer(text)
+    assert bool(answer.calls) == read
+    assert bool(answer.errors) != read

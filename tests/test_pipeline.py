@@ -46,11 +46,11 @@ def say(*words: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["run", "--profile", "poket"], "unknown profile 'poket'; there are: pocket"),
+        (["run", "--profile", "poket"], "unknown profile 'poket'; there are: datacenter, pocket"),
         (["run", "--stage", "35_sft"], "unknown stage '35_sft'; there are: 10_anchors"),
         (
             ["run", "-p", "lerning_rate=1"],
-            "unknown parameter lerning_rate; there are: abstain, batch_size",
+            "unknown parameter lerning_rate; there are: abstain, attention",
         ),
         (["run", "-p", "rank=many"], "stage 30_sft: parameter 'rank'"),
         (["run", "-p", "rank"], "write it as key=value"),

@@ -703,6 +703,8 @@ d = {
                 "toolpost/core/format.py",
             ),
             "toolpost.core.format._blocks": ("core/format.html#_blocks", "toolpost/core/format.py"),
+            "toolpost.core.format._deeper": ("core/format.html#_deeper", "toolpost/core/format.py"),
+            "toolpost.core.format._inside": ("core/format.html#_inside", "toolpost/core/format.py"),
             "toolpost.core.format._no_constant": (
                 "core/format.html#_no_constant",
                 "toolpost/core/format.py",

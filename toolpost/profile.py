@@ -38,7 +38,7 @@ __all__ = [
     "parse_overrides",
 ]
 
-# %% ../nbs/01_profile.ipynb #fe16ac08
+# %% ../nbs/01_profile.ipynb #a1a31891
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=0.5)]
 SourceName = Literal["practice", "xlam", "toolace"]
@@ -86,7 +86,7 @@ class Training(Settings):
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Steps = -1
     max_length: Positive = 768
-    checkpointing: bool | None = None
+    checkpointing: Literal["auto", "always", "never"] = "auto"
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     save_steps: Count = 0
     merged: Literal["bfloat16", "float32"] = "float32"

@@ -13,6 +13,7 @@ from .schema import Conversation, Frozen, Message, ToolCall, ToolSpec
 
 # %% auto #0
 __all__ = [
+    "DEEPEST",
     "END",
     "LONGEST",
     "Answer",
@@ -127,10 +128,11 @@ def completion_of(calls: Sequence[ToolCall], answer: str | None = None) -> str:
     return (render_calls(calls) if calls else str(answer)) + END
 
 
-# %% ../../nbs/core/04_format.ipynb #a1baa937
+# %% ../../nbs/core/04_format.ipynb #52ae77e6
 _OPEN: Final = "<tool_call>\n"
 _CLOSE: Final = "\n</tool_call>"
 LONGEST: Final = 100_000  # characters of a JSON text; no honest call is longer
+DEEPEST: Final = 100  # lists and objects within each other; none is deeper, either
 
 
 class Answer(Frozen):
@@ -146,7 +148,7 @@ class Answer(Frozen):
         return not self.calls and not self.errors
 
 
-# %% ../../nbs/core/04_format.ipynb #52ec0bbe
+# %% ../../nbs/core/04_format.ipynb #2d1fb727
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -185,8 +187,23 @@ def strict_decoder(
 _STRICT: Final = strict_decoder()
 
 
+def _inside(value: Any) -> list[Any]:
+    """Give the values that a list or an object holds; none of anything else."""
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _deeper(value: Any) -> bool:
+    """Tell whether a value is deeper than DEEPEST; level by level, so that nothing recurses."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [x for one in level for x in _inside(one) if isinstance(x, dict | list)]
+    return bool(level)
+
+
 def strict_json(text: str) -> Any:
-    """Read JSON; refuse NaN, infinities, duplicate keys and texts beyond 100,000 characters.
+    """Read JSON; refuse NaN, infinities, duplicate keys, and what is too long or too deep.
 
     Raises:
         ValueError: the text is not strict JSON, or nested too deeply to be read.
@@ -194,9 +211,12 @@ def strict_json(text: str) -> Any:
     if len(text) > LONGEST:
         raise ValueError(f"{len(text):,} characters are too many")
     try:
-        return _STRICT.decode(text)
+        value = _STRICT.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if text.count("[") + text.count("{") > DEEPEST and _deeper(value):
+        raise ValueError("nested too deeply")
+    return value
 
 
 # %% ../../nbs/core/04_format.ipynb #f1750205

@@ -851,7 +851,10 @@ def as_json(found: Sequence[Planned], job: Job) -> dict[str, Any]:
     }
 
 
-# %% ../../nbs/train/11_budget.ipynb #ecadcf67
+# %% ../../nbs/train/11_budget.ipynb #d907a0d4
+_CHECKPOINTING: Final = {"auto": None, "always": True, "never": False}
+
+
 def job_of(spec: ModelSpec, settings: Training, ranks: Ranks) -> Job:
     """Give the job of a stage with these settings."""
     tokens = getattr(settings, "pack_tokens", 0) or settings.micro_batch * settings.max_length
@@ -867,7 +870,7 @@ def job_of(spec: ModelSpec, settings: Training, ranks: Ranks) -> Job:
         prompt=min(800, settings.max_length - 96),
         completion=cap or 96,
         longest=settings.max_length,
-        checkpointing=settings.checkpointing,
+        checkpointing=_CHECKPOINTING[settings.checkpointing],
         pack_tokens=tokens,
         micro_batch=settings.micro_batch,
         group=getattr(settings, "group", 8),
@@ -897,7 +900,7 @@ def decide(
     """
     found = settings.model_dump(include=set(names))
     if not settings.memory_gib:
-        return found | {"checkpointing": bool(settings.checkpointing)}, None
+        return found | {"checkpointing": settings.checkpointing == "always"}, None
     job = job_of(spec, settings, ranks)
     planned = plan_training(job, stage)
     found["checkpointing"] = planned.checkpointing
