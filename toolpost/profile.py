@@ -38,7 +38,7 @@ __all__ = [
     "parse_overrides",
 ]
 
-# %% ../nbs/01_profile.ipynb #a1a31891
+# %% ../nbs/01_profile.ipynb #0d362bca
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=0.5)]
 SourceName = Literal["practice", "xlam", "toolace"]
@@ -128,10 +128,10 @@ class Dpo(Training):
 class Grpo(Training):
     """50_grpo: reinforcement with verifiable rewards."""
 
+    reinforce: bool = False
     rank: Positive = 32
     learning_rate: Rate = 1e-4
     batch_size: Positive = 8
-    max_steps: Count = 0
     prompts: Positive = 240
     group: Annotated[int, Field(ge=2)] = 8
     temperature: Annotated[float, Field(gt=0)] = 1.0

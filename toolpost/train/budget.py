@@ -918,7 +918,7 @@ def _whole_part(settings: Training, planned: Planned) -> int:
     return max(n for n in parts if n <= max(most, 1))
 
 
-# %% ../../nbs/train/11_budget.ipynb #54fa6e01
+# %% ../../nbs/train/11_budget.ipynb #bbf56af2
 def plan_profile(sft: Sft, dpo: Dpo, grpo: Grpo) -> list[Planned]:
     """Plan every stage of a profile that runs.
 
@@ -934,7 +934,7 @@ def plan_profile(sft: Sft, dpo: Dpo, grpo: Grpo) -> list[Planned]:
         decide(spec, dpo, ranks, "dpo shared", ())[1],
     ]
     found = [one for one in planned if one]
-    if grpo.max_steps:
+    if grpo.reinforce:
         third = ranks | {"grpo": grpo.rank}
         if reinforced := decide(spec, grpo, third, "grpo", ())[1]:
             found += [reinforced, plan_writing(job_of(spec, grpo, third), "grpo sampling")]
