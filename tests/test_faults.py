@@ -226,9 +226,9 @@ def test_what_computes_the_answers_has_a_version(tmp_path: Path) -> None:
     assert served.software == "vllm 0.21.0"
     assert served.options["enforce_eager"] is False
     assert str(tmp_path) not in json.dumps(served.options)
-    gateway = Server(tmp_path, log=log, threads=3)
-    assert gateway.options == {"threads": 3}
-    assert {"toolpost", "torch"} <= set(gateway.software.split())
+    cpu = Server(tmp_path, log=log, threads=3)
+    assert cpu.options == {"threads": 3}
+    assert {"toolpost", "torch"} <= set(cpu.software.split())
 
 
 def test_a_model_is_asked_like_those_it_is_compared_with(tmp_path: Path, model: str) -> None:

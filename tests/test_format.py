@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from toolpost.bench.bfcl import MULTI_TURN, SINGLE_TURN, questions, truths
 from toolpost.bench.harness import oracle_calls
-from toolpost.core.format import END, completion_of, parse_answer, render_calls, render_prompt
+from toolpost.core.format import END, bare, completion_of, parse_answer, render_calls, render_prompt
 from toolpost.core.schema import Message, ToolCall, canonical
+from toolpost.serve.chat import ChatRequest, dialogue, offered
 from toolpost.train.models import POCKET, load_tokenizer
 
 
@@ -42,21 +43,33 @@ def ours(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
     return render_prompt(taken, tools)
 
 
+def chatted(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+    """Render BFCL's messages as the chat endpoint does."""
+    wrapped = [{"type": "function", "function": tool} for tool in tools]
+    asked = ChatRequest.model_validate({"model": "m", "messages": messages, "tools": wrapped})
+    return render_prompt(dialogue(asked), [bare(tool) for tool in offered(asked).values()])
+
+
 def test_every_first_prompt_is_the_one_bfcl_sends(handler: Any) -> None:
     from bfcl_eval.utils import load_dataset_entry
 
-    count = systems = toolless = foreign = 0
+    count = systems = toolless = foreign = chats = 0
     for category in SINGLE_TURN + MULTI_TURN:
         for entry in load_dataset_entry(category):
             data = handler._pre_query_processing_prompting(entry)
             data = handler.add_first_turn_message_prompting(data, entry["question"][0])
             messages, tools = data["message"], data["function"]
-            assert ours(messages, tools) == handler._format_prompt(messages, tools), entry["id"]
+            sent = handler._format_prompt(messages, tools)
+            assert ours(messages, tools) == sent, entry["id"]
+            if all(set(tool) == {"name", "description", "parameters"} for tool in tools):
+                assert chatted(messages, tools) == sent, entry["id"]
+                chats += 1
             count += 1
             systems += messages[0]["role"] == "system"
             toolless += not tools
             foreign += not json.dumps(tools, ensure_ascii=False).isascii()
     assert (count, systems, toolless) == (4441, 92, 4)
+    assert chats == 3641  # multi-turn tools have a "response" as well, which OpenAI's API does not know
     assert foreign == 50  # BFCL escapes what is not ASCII; the template does not, see below
 
 

@@ -1,4 +1,4 @@
-"""The gateway and its supervisor, as processes, on a tiny model that is made here."""
+"""The CPU engine and its supervisor, as processes, on a tiny model that is made here."""
 
 import json
 import os
@@ -6,9 +6,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from toolpost.serve.server import (
     Server,
     ServerError,
     Vllm,
-    gateway_environment,
+    cpu_environment,
     session_members,
     vllm_command,
     vllm_environment,
@@ -52,7 +54,7 @@ from toolpost.serve.engine import (
     load_local,
     pick_batch,
 )
-from toolpost.serve.gateway import make_app
+from toolpost.serve.completions import make_app
 
 WINDOW = 256
 BROKEN = "<|broken|>"  # the tokenizer knows this token, the model does not
@@ -275,6 +277,36 @@ def test_a_completion_has_the_shape_of_the_protocol(client: OpenAI, local: Local
     assert (done.usage.completion_tokens, done.usage.total_tokens) == (7, 12)
 
 
+@pytest.mark.parametrize("stop", [None, "e", "the"])
+def test_a_stream_adds_up_to_the_answer(client: OpenAI, stop: str | None) -> None:
+    for prompt in PROMPTS[:6]:
+        asked: dict[str, Any] = {"model": "tiny", "prompt": prompt, "max_tokens": 40, "stop": stop}
+        whole = client.completions.create(**asked)
+        parts = list(
+            client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        )
+        assert "".join(p.choices[0].text for p in parts[:-1]) == whole.choices[0].text
+        assert parts[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+        assert parts[-1].usage == whole.usage
+
+
+def test_a_row_ends_when_its_client_is_gone(local: LocalModel) -> None:
+    gone, seen = threading.Event(), list[str]()
+
+    def watch(text: str) -> None:
+        seen.append(text)
+        if len(seen) == 3:
+            gone.set()
+
+    long = Task(prompt=local.encode("Hello"), max_tokens=200, watch=watch, gone=gone)
+    engine = Engine(local)
+    stayed = engine.submit(replace(long, watch=None, gone=None))
+    engine.submit(long).result(60)
+    assert len(seen) == 3
+    assert stayed.result(60).tokens > 3
+    engine.close()
+
+
 def test_sixteen_tokens_are_the_default(client: OpenAI) -> None:
     done = client.completions.create(model="tiny", prompt="Hello")
     assert done.usage is not None
@@ -330,7 +362,7 @@ GOOD = {"model": "tiny", "prompt": "Hello", "max_tokens": 2, "temperature": 0}
         ({"temperature": 0.7}, 400, ["temperature", "greedy"]),
         ({"temperature": float("nan")}, 400, ["temperature", "greedy"]),
         ({"n": 2}, 400, ["n: "]),
-        ({"stream": True}, 400, ["stream"]),
+        ({"stream": "yes, please"}, 400, ["stream"]),
         ({"echo": True}, 400, ["echo"]),
         ({"logprobs": 3}, 400, ["logprobs"]),
         ({"stop": ["a", ""]}, 400, ["stop"]),
@@ -376,10 +408,10 @@ def test_the_openai_client_raises_its_own_errors(client: OpenAI) -> None:
 # The command
 
 
-def gateway(*arguments: str) -> subprocess.CompletedProcess[str]:
+def engine_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "toolpost.serve.gateway", *arguments],
-        env=gateway_environment(os.environ, threads=1),
+        [sys.executable, "-m", "toolpost.serve.completions", *arguments],
+        env=cpu_environment(os.environ, threads=1),
         capture_output=True,
         text=True,
         timeout=120,
@@ -392,7 +424,7 @@ def test_a_folder_that_lacks_a_part_ends_in_one_line(
 ) -> None:
     broken = shutil.copytree(folder, tmp_path / "broken")
     (broken / name).unlink()
-    done = gateway("--model", str(broken))
+    done = engine_process("--model", str(broken))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert str(broken) in done.stderr
@@ -400,7 +432,7 @@ def test_a_folder_that_lacks_a_part_ends_in_one_line(
 
 
 def test_a_port_in_use_ends_in_one_line(folder: Path, server: Server) -> None:
-    done = gateway("--model", str(folder), "--port", str(server.port))
+    done = engine_process("--model", str(folder), "--port", str(server.port))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert f"port {server.port}" in done.stderr
@@ -459,10 +491,10 @@ with Server(Path(sys.argv[1]), "tiny", threads=1, log=Path(sys.argv[2])) as serv
 """
 
 
-def test_the_gateway_goes_when_its_user_is_killed(folder: Path, tmp_path: Path) -> None:
+def test_the_engine_goes_when_its_user_is_killed(folder: Path, tmp_path: Path) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(folder), str(tmp_path / "server.log")],
-        env=gateway_environment(os.environ, threads=1),
+        env=cpu_environment(os.environ, threads=1),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

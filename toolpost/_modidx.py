@@ -9,6 +9,82 @@ d = {
         "lib_path": "toolpost",
     },
     "syms": {
+        "toolpost.bench.agent": {
+            "toolpost.bench.agent.Near": ("bench/agent.html#near", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.Played": ("bench/agent.html#played", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.Played.solved": (
+                "bench/agent.html#played.solved",
+                "toolpost/bench/agent.py",
+            ),
+            "toolpost.bench.agent.Ran": ("bench/agent.html#ran", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.Staged": ("bench/agent.html#staged", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.Staged.__init__": (
+                "bench/agent.html#staged.__init__",
+                "toolpost/bench/agent.py",
+            ),
+            "toolpost.bench.agent.Staged.call": (
+                "bench/agent.html#staged.call",
+                "toolpost/bench/agent.py",
+            ),
+            "toolpost.bench.agent.Staged.tools": (
+                "bench/agent.html#staged.tools",
+                "toolpost/bench/agent.py",
+            ),
+            "toolpost.bench.agent.Summary": ("bench/agent.html#summary", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.Task": ("bench/agent.html#task", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.Task._calls": (
+                "bench/agent.html#task._calls",
+                "toolpost/bench/agent.py",
+            ),
+            "toolpost.bench.agent.Task._checkable": (
+                "bench/agent.html#task._checkable",
+                "toolpost/bench/agent.py",
+            ),
+            "toolpost.bench.agent.Task._near": (
+                "bench/agent.html#task._near",
+                "toolpost/bench/agent.py",
+            ),
+            "toolpost.bench.agent.TaskError": (
+                "bench/agent.html#taskerror",
+                "toolpost/bench/agent.py",
+            ),
+            "toolpost.bench.agent._count": ("bench/agent.html#_count", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent._repaired": (
+                "bench/agent.html#_repaired",
+                "toolpost/bench/agent.py",
+            ),
+            "toolpost.bench.agent._task": ("bench/agent.html#_task", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent._undone": ("bench/agent.html#_undone", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent._unsaid": ("bench/agent.html#_unsaid", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.check": ("bench/agent.html#check", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.counts": ("bench/agent.html#counts", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.empty": ("bench/agent.html#empty", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.evaluate": (
+                "bench/agent.html#evaluate",
+                "toolpost/bench/agent.py",
+            ),
+            "toolpost.bench.agent.load_tasks": (
+                "bench/agent.html#load_tasks",
+                "toolpost/bench/agent.py",
+            ),
+            "toolpost.bench.agent.measure": ("bench/agent.html#measure", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.names_date": (
+                "bench/agent.html#names_date",
+                "toolpost/bench/agent.py",
+            ),
+            "toolpost.bench.agent.numbers_in": (
+                "bench/agent.html#numbers_in",
+                "toolpost/bench/agent.py",
+            ),
+            "toolpost.bench.agent.perfect": ("bench/agent.html#perfect", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.play": ("bench/agent.html#play", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.spread": ("bench/agent.html#spread", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.summary": ("bench/agent.html#summary", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.what_ran": (
+                "bench/agent.html#what_ran",
+                "toolpost/bench/agent.py",
+            ),
+        },
         "toolpost.bench.ask": {
             "toolpost.bench.ask.Serves": ("bench/ask.html#serves", "toolpost/bench/ask.py"),
             "toolpost.bench.ask.Serves.base_url": (
@@ -526,10 +602,13 @@ d = {
             ),
         },
         "toolpost.cli": {
+            "toolpost.cli._announce": ("cli.html#_announce", "toolpost/cli.py"),
             "toolpost.cli._bfcl": ("cli.html#_bfcl", "toolpost/cli.py"),
+            "toolpost.cli._check_raw": ("cli.html#_check_raw", "toolpost/cli.py"),
             "toolpost.cli._checked": ("cli.html#_checked", "toolpost/cli.py"),
             "toolpost.cli._fail": ("cli.html#_fail", "toolpost/cli.py"),
             "toolpost.cli._messages": ("cli.html#_messages", "toolpost/cli.py"),
+            "toolpost.cli._say": ("cli.html#_say", "toolpost/cli.py"),
             "toolpost.cli._summary": ("cli.html#_summary", "toolpost/cli.py"),
             "toolpost.cli._text": ("cli.html#_text", "toolpost/cli.py"),
             "toolpost.cli._toolpost": ("cli.html#_toolpost", "toolpost/cli.py"),
@@ -543,6 +622,7 @@ d = {
             "toolpost.cli.publish": ("cli.html#publish", "toolpost/cli.py"),
             "toolpost.cli.push": ("cli.html#push", "toolpost/cli.py"),
             "toolpost.cli.run": ("cli.html#run", "toolpost/cli.py"),
+            "toolpost.cli.serve": ("cli.html#serve", "toolpost/cli.py"),
             "toolpost.cli.verify": ("cli.html#verify", "toolpost/cli.py"),
         },
         "toolpost.core.augment": {
@@ -718,6 +798,10 @@ d = {
                 "toolpost/core/format.py",
             ),
             "toolpost.core.format.finite": ("core/format.html#finite", "toolpost/core/format.py"),
+            "toolpost.core.format.neutralise": (
+                "core/format.html#neutralise",
+                "toolpost/core/format.py",
+            ),
             "toolpost.core.format.parse_answer": (
                 "core/format.html#parse_answer",
                 "toolpost/core/format.py",
@@ -1798,6 +1882,7 @@ d = {
             "toolpost.pipeline.run_stages": ("pipeline.html#run_stages", "toolpost/pipeline.py"),
         },
         "toolpost.profile": {
+            "toolpost.profile.Agent": ("profile.html#agent", "toolpost/profile.py"),
             "toolpost.profile.Anchors": ("profile.html#anchors", "toolpost/profile.py"),
             "toolpost.profile.Data": ("profile.html#data", "toolpost/profile.py"),
             "toolpost.profile.Dpo": ("profile.html#dpo", "toolpost/profile.py"),
@@ -2284,6 +2369,224 @@ d = {
                 "toolpost/report/tables.py",
             ),
         },
+        "toolpost.serve.agent": {
+            "toolpost.serve.agent.Asking": ("serve/agent.html#asking", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.Called": ("serve/agent.html#called", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.CutOffError": (
+                "serve/agent.html#cutofferror",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.CutOffError.__init__": (
+                "serve/agent.html#cutofferror.__init__",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.Ended": ("serve/agent.html#ended", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.EndpointError": (
+                "serve/agent.html#endpointerror",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.Limits": ("serve/agent.html#limits", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.Memory": ("serve/agent.html#memory", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.Memory.__init__": (
+                "serve/agent.html#memory.__init__",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.Memory._key": (
+                "serve/agent.html#memory._key",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.Memory.note": (
+                "serve/agent.html#memory.note",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.Memory.refuse": (
+                "serve/agent.html#memory.refuse",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.Observed": (
+                "serve/agent.html#observed",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.Outcome": ("serve/agent.html#outcome", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.RawCall": ("serve/agent.html#rawcall", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.Reason": ("serve/agent.html#reason", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.Refusal": ("serve/agent.html#refusal", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.Refused": ("serve/agent.html#refused", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.Replied": ("serve/agent.html#replied", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.Reply": ("serve/agent.html#reply", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.Result": ("serve/agent.html#result", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.Running": ("serve/agent.html#running", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.Started": ("serve/agent.html#started", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent._answer_calls": (
+                "serve/agent.html#_answer_calls",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent._answer_text": (
+                "serve/agent.html#_answer_text",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent._echoed": ("serve/agent.html#_echoed", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent._fingerprint": (
+                "serve/agent.html#_fingerprint",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent._fulfil": ("serve/agent.html#_fulfil", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent._run_turn": (
+                "serve/agent.html#_run_turn",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent._steps": ("serve/agent.html#_steps", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent._whole": ("serve/agent.html#_whole", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.as_data": ("serve/agent.html#as_data", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.as_error": (
+                "serve/agent.html#as_error",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.assistant_message": (
+                "serve/agent.html#assistant_message",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.chat": ("serve/agent.html#chat", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.conduct": ("serve/agent.html#conduct", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.cut": ("serve/agent.html#cut", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.judge_turn": (
+                "serve/agent.html#judge_turn",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.read_call": (
+                "serve/agent.html#read_call",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.read_text": (
+                "serve/agent.html#read_text",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.reply_of": (
+                "serve/agent.html#reply_of",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.run_agent": (
+                "serve/agent.html#run_agent",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent.tally": ("serve/agent.html#tally", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent.unrecorded": (
+                "serve/agent.html#unrecorded",
+                "toolpost/serve/agent.py",
+            ),
+        },
+        "toolpost.serve.chat": {
+            "toolpost.serve.chat.Answered": ("serve/chat.html#answered", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.Answered.ok": (
+                "serve/chat.html#answered.ok",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.ChatMessage": (
+                "serve/chat.html#chatmessage",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.ChatMessage.text": (
+                "serve/chat.html#chatmessage.text",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.ChatRequest": (
+                "serve/chat.html#chatrequest",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.ClientTool": (
+                "serve/chat.html#clienttool",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.Completed": (
+                "serve/chat.html#completed",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.Function": ("serve/chat.html#function", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.FunctionCall": (
+                "serve/chat.html#functioncall",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.FunctionName": (
+                "serve/chat.html#functionname",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.Job": ("serve/chat.html#job", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.Judgement": (
+                "serve/chat.html#judgement",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.Judgement.detail": (
+                "serve/chat.html#judgement.detail",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.Judgement.outcome": (
+                "serve/chat.html#judgement.outcome",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.MessageCall": (
+                "serve/chat.html#messagecall",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.NamedChoice": (
+                "serve/chat.html#namedchoice",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.RequestError": (
+                "serve/chat.html#requesterror",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.ResponseFormat": (
+                "serve/chat.html#responseformat",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.StreamOptions": (
+                "serve/chat.html#streamoptions",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.TextPart": ("serve/chat.html#textpart", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.Wire": ("serve/chat.html#wire", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat._begun": ("serve/chat.html#_begun", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat._calls": ("serve/chat.html#_calls", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat._check_text": (
+                "serve/chat.html#_check_text",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat._harmless": (
+                "serve/chat.html#_harmless",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat._results": ("serve/chat.html#_results", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat._turn": ("serve/chat.html#_turn", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.check_tools": (
+                "serve/chat.html#check_tools",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.choice_of": (
+                "serve/chat.html#choice_of",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.dialogue": ("serve/chat.html#dialogue", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.judge": ("serve/chat.html#judge", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.offered": ("serve/chat.html#offered", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.retry_of": ("serve/chat.html#retry_of", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.showable": ("serve/chat.html#showable", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.thought": ("serve/chat.html#thought", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.to_answer": (
+                "serve/chat.html#to_answer",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.to_job": ("serve/chat.html#to_job", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.usage": ("serve/chat.html#usage", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.verdict": ("serve/chat.html#verdict", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.violation": (
+                "serve/chat.html#violation",
+                "toolpost/serve/chat.py",
+            ),
+            "toolpost.serve.chat.wire_calls": (
+                "serve/chat.html#wire_calls",
+                "toolpost/serve/chat.py",
+            ),
+        },
         "toolpost.serve.checks": {
             "toolpost.serve.checks.ModelFolderError": (
                 "serve/checks.html#modelfoldererror",
@@ -2308,6 +2611,88 @@ d = {
             "toolpost.serve.checks.take_port": (
                 "serve/checks.html#take_port",
                 "toolpost/serve/checks.py",
+            ),
+        },
+        "toolpost.serve.completions": {
+            "toolpost.serve.completions.CompletionRequest": (
+                "serve/completions.html#completionrequest",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions.CompletionRequest._greedy": (
+                "serve/completions.html#completionrequest._greedy",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions.CompletionRequest._one": (
+                "serve/completions.html#completionrequest._one",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions.CompletionRequest.stops": (
+                "serve/completions.html#completionrequest.stops",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions.StreamOptions": (
+                "serve/completions.html#streamoptions",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions._add_error_answers": (
+                "serve/completions.html#_add_error_answers",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions._arguments": (
+                "serve/completions.html#_arguments",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions._complete": (
+                "serve/completions.html#_complete",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions._events": (
+                "serve/completions.html#_events",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions._leave": (
+                "serve/completions.html#_leave",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions._refusal": (
+                "serve/completions.html#_refusal",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions._serve": (
+                "serve/completions.html#_serve",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions._stream": (
+                "serve/completions.html#_stream",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions.error_body": (
+                "serve/completions.html#error_body",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions.event": (
+                "serve/completions.html#event",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions.main": (
+                "serve/completions.html#main",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions.make_app": (
+                "serve/completions.html#make_app",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions.to_answer": (
+                "serve/completions.html#to_answer",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions.to_task": (
+                "serve/completions.html#to_task",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions.usage_of": (
+                "serve/completions.html#usage_of",
+                "toolpost/serve/completions.py",
             ),
         },
         "toolpost.serve.engine": {
@@ -2360,6 +2745,10 @@ d = {
             "toolpost.serve.engine._Row": ("serve/engine.html#_row", "toolpost/serve/engine.py"),
             "toolpost.serve.engine._Row._answer": (
                 "serve/engine.html#_row._answer",
+                "toolpost/serve/engine.py",
+            ),
+            "toolpost.serve.engine._Row._sure": (
+                "serve/engine.html#_row._sure",
                 "toolpost/serve/engine.py",
             ),
             "toolpost.serve.engine._Row._text": (
@@ -2446,58 +2835,242 @@ d = {
             ),
         },
         "toolpost.serve.gateway": {
-            "toolpost.serve.gateway.CompletionRequest": (
-                "serve/gateway.html#completionrequest",
+            "toolpost.serve.gateway.Answering": (
+                "serve/gateway.html#answering",
                 "toolpost/serve/gateway.py",
             ),
-            "toolpost.serve.gateway.CompletionRequest._greedy": (
-                "serve/gateway.html#completionrequest._greedy",
+            "toolpost.serve.gateway.Answering.__init__": (
+                "serve/gateway.html#answering.__init__",
                 "toolpost/serve/gateway.py",
             ),
-            "toolpost.serve.gateway.CompletionRequest._one": (
-                "serve/gateway.html#completionrequest._one",
+            "toolpost.serve.gateway.Answering.judged": (
+                "serve/gateway.html#answering.judged",
                 "toolpost/serve/gateway.py",
             ),
-            "toolpost.serve.gateway.CompletionRequest.stops": (
-                "serve/gateway.html#completionrequest.stops",
+            "toolpost.serve.gateway.Answering.retried": (
+                "serve/gateway.html#answering.retried",
                 "toolpost/serve/gateway.py",
             ),
-            "toolpost.serve.gateway._add_error_answers": (
-                "serve/gateway.html#_add_error_answers",
+            "toolpost.serve.gateway.Answering.whole": (
+                "serve/gateway.html#answering.whole",
                 "toolpost/serve/gateway.py",
             ),
-            "toolpost.serve.gateway._arguments": (
-                "serve/gateway.html#_arguments",
+            "toolpost.serve.gateway.Bounds": (
+                "serve/gateway.html#bounds",
                 "toolpost/serve/gateway.py",
             ),
-            "toolpost.serve.gateway._complete": (
-                "serve/gateway.html#_complete",
+            "toolpost.serve.gateway.Door": ("serve/gateway.html#door", "toolpost/serve/gateway.py"),
+            "toolpost.serve.gateway.Door.__call__": (
+                "serve/gateway.html#door.__call__",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Door.__init__": (
+                "serve/gateway.html#door.__init__",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.EngineClient": (
+                "serve/gateway.html#engineclient",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.EngineClient.__init__": (
+                "serve/gateway.html#engineclient.__init__",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.EngineClient._sent": (
+                "serve/gateway.html#engineclient._sent",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.EngineClient.window": (
+                "serve/gateway.html#engineclient.window",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.EngineError": (
+                "serve/gateway.html#engineerror",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Gateway": (
+                "serve/gateway.html#gateway",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Gateway.__enter__": (
+                "serve/gateway.html#gateway.__enter__",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Gateway.__exit__": (
+                "serve/gateway.html#gateway.__exit__",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Gateway.__init__": (
+                "serve/gateway.html#gateway.__init__",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Gateway.alive": (
+                "serve/gateway.html#gateway.alive",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Gateway.base_url": (
+                "serve/gateway.html#gateway.base_url",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Partial": (
+                "serve/gateway.html#partial",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Partial.__init__": (
+                "serve/gateway.html#partial.__init__",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Partial._add": (
+                "serve/gateway.html#partial._add",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Partial.done": (
+                "serve/gateway.html#partial.done",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Partial.texts": (
+                "serve/gateway.html#partial.texts",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Streaming": (
+                "serve/gateway.html#streaming",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Streaming._piece": (
+                "serve/gateway.html#streaming._piece",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.Streaming.pieces": (
+                "serve/gateway.html#streaming.pieces",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway._add_errors": (
+                "serve/gateway.html#_add_errors",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway._add_paths": (
+                "serve/gateway.html#_add_paths",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway._body": (
+                "serve/gateway.html#_body",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway._event": (
+                "serve/gateway.html#_event",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway._gone": (
+                "serve/gateway.html#_gone",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway._named": (
+                "serve/gateway.html#_named",
                 "toolpost/serve/gateway.py",
             ),
             "toolpost.serve.gateway._refusal": (
                 "serve/gateway.html#_refusal",
                 "toolpost/serve/gateway.py",
             ),
-            "toolpost.serve.gateway._serve": (
-                "serve/gateway.html#_serve",
+            "toolpost.serve.gateway._rest": (
+                "serve/gateway.html#_rest",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway._said": (
+                "serve/gateway.html#_said",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway._streamed": (
+                "serve/gateway.html#_streamed",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway._whole": (
+                "serve/gateway.html#_whole",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway._whole_answer": (
+                "serve/gateway.html#_whole_answer",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.check_address": (
+                "serve/gateway.html#check_address",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.complete": (
+                "serve/gateway.html#complete",
                 "toolpost/serve/gateway.py",
             ),
             "toolpost.serve.gateway.error_body": (
                 "serve/gateway.html#error_body",
                 "toolpost/serve/gateway.py",
             ),
-            "toolpost.serve.gateway.main": ("serve/gateway.html#main", "toolpost/serve/gateway.py"),
+            "toolpost.serve.gateway.is_loopback": (
+                "serve/gateway.html#is_loopback",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.load_tokenizer": (
+                "serve/gateway.html#load_tokenizer",
+                "toolpost/serve/gateway.py",
+            ),
             "toolpost.serve.gateway.make_app": (
                 "serve/gateway.html#make_app",
                 "toolpost/serve/gateway.py",
             ),
-            "toolpost.serve.gateway.to_answer": (
-                "serve/gateway.html#to_answer",
+            "toolpost.serve.gateway.question": (
+                "serve/gateway.html#question",
                 "toolpost/serve/gateway.py",
             ),
-            "toolpost.serve.gateway.to_task": (
-                "serve/gateway.html#to_task",
+            "toolpost.serve.gateway.read_request": (
+                "serve/gateway.html#read_request",
                 "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway.refusal_of": (
+                "serve/gateway.html#refusal_of",
+                "toolpost/serve/gateway.py",
+            ),
+        },
+        "toolpost.serve.mcp": {
+            "toolpost.serve.mcp.McpError": ("serve/mcp.html#mcperror", "toolpost/serve/mcp.py"),
+            "toolpost.serve.mcp.McpTools": ("serve/mcp.html#mcptools", "toolpost/serve/mcp.py"),
+            "toolpost.serve.mcp.McpTools.__aenter__": (
+                "serve/mcp.html#mcptools.__aenter__",
+                "toolpost/serve/mcp.py",
+            ),
+            "toolpost.serve.mcp.McpTools.__aexit__": (
+                "serve/mcp.html#mcptools.__aexit__",
+                "toolpost/serve/mcp.py",
+            ),
+            "toolpost.serve.mcp.McpTools.__init__": (
+                "serve/mcp.html#mcptools.__init__",
+                "toolpost/serve/mcp.py",
+            ),
+            "toolpost.serve.mcp.McpTools._listed": (
+                "serve/mcp.html#mcptools._listed",
+                "toolpost/serve/mcp.py",
+            ),
+            "toolpost.serve.mcp.McpTools.call": (
+                "serve/mcp.html#mcptools.call",
+                "toolpost/serve/mcp.py",
+            ),
+            "toolpost.serve.mcp.McpTools.tools": (
+                "serve/mcp.html#mcptools.tools",
+                "toolpost/serve/mcp.py",
+            ),
+            "toolpost.serve.mcp._pipes": ("serve/mcp.html#_pipes", "toolpost/serve/mcp.py"),
+            "toolpost.serve.mcp._reason": ("serve/mcp.html#_reason", "toolpost/serve/mcp.py"),
+            "toolpost.serve.mcp.harmless_spec": (
+                "serve/mcp.html#harmless_spec",
+                "toolpost/serve/mcp.py",
+            ),
+            "toolpost.serve.mcp.mcp_server": ("serve/mcp.html#mcp_server", "toolpost/serve/mcp.py"),
+            "toolpost.serve.mcp.read_result": (
+                "serve/mcp.html#read_result",
+                "toolpost/serve/mcp.py",
+            ),
+            "toolpost.serve.mcp.serve_mcp": ("serve/mcp.html#serve_mcp", "toolpost/serve/mcp.py"),
+            "toolpost.serve.mcp.verified_call": (
+                "serve/mcp.html#verified_call",
+                "toolpost/serve/mcp.py",
             ),
         },
         "toolpost.serve.server": {
@@ -2527,6 +3100,10 @@ d = {
             ),
             "toolpost.serve.server.Server.close": (
                 "serve/server.html#server.close",
+                "toolpost/serve/server.py",
+            ),
+            "toolpost.serve.server.Server.ended": (
+                "serve/server.html#server.ended",
                 "toolpost/serve/server.py",
             ),
             "toolpost.serve.server.Server.fault": (
@@ -2564,20 +3141,20 @@ d = {
                 "serve/server.html#await_ready",
                 "toolpost/serve/server.py",
             ),
+            "toolpost.serve.server.cpu_command": (
+                "serve/server.html#cpu_command",
+                "toolpost/serve/server.py",
+            ),
+            "toolpost.serve.server.cpu_environment": (
+                "serve/server.html#cpu_environment",
+                "toolpost/serve/server.py",
+            ),
+            "toolpost.serve.server.cpu_version": (
+                "serve/server.html#cpu_version",
+                "toolpost/serve/server.py",
+            ),
             "toolpost.serve.server.end_session": (
                 "serve/server.html#end_session",
-                "toolpost/serve/server.py",
-            ),
-            "toolpost.serve.server.gateway_command": (
-                "serve/server.html#gateway_command",
-                "toolpost/serve/server.py",
-            ),
-            "toolpost.serve.server.gateway_environment": (
-                "serve/server.html#gateway_environment",
-                "toolpost/serve/server.py",
-            ),
-            "toolpost.serve.server.gateway_version": (
-                "serve/server.html#gateway_version",
                 "toolpost/serve/server.py",
             ),
             "toolpost.serve.server.launch": (
@@ -2603,6 +3180,28 @@ d = {
             "toolpost.serve.server.vllm_version": (
                 "serve/server.html#vllm_version",
                 "toolpost/serve/server.py",
+            ),
+        },
+        "toolpost.serve.serving": {
+            "toolpost.serve.serving.end_politely": (
+                "serve/serving.html#end_politely",
+                "toolpost/serve/serving.py",
+            ),
+            "toolpost.serve.serving.example": (
+                "serve/serving.html#example",
+                "toolpost/serve/serving.py",
+            ),
+            "toolpost.serve.serving.find_engine": (
+                "serve/serving.html#find_engine",
+                "toolpost/serve/serving.py",
+            ),
+            "toolpost.serve.serving.find_model": (
+                "serve/serving.html#find_model",
+                "toolpost/serve/serving.py",
+            ),
+            "toolpost.serve.serving.stand_by": (
+                "serve/serving.html#stand_by",
+                "toolpost/serve/serving.py",
             ),
         },
         "toolpost.serve.supervisor": {
@@ -2634,6 +3233,303 @@ d = {
                 "serve/supervisor.html#supervise",
                 "toolpost/serve/supervisor.py",
             ),
+        },
+        "toolpost.serve.toolbox": {
+            "toolpost.serve.toolbox.Observation": (
+                "serve/toolbox.html#observation",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.Toolbox": (
+                "serve/toolbox.html#toolbox",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.Toolbox.call": (
+                "serve/toolbox.html#toolbox.call",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.Toolbox.tools": (
+                "serve/toolbox.html#toolbox.tools",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.ToolboxError": (
+                "serve/toolbox.html#toolboxerror",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.Workers": (
+                "serve/toolbox.html#workers",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.Workers.__aenter__": (
+                "serve/toolbox.html#workers.__aenter__",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.Workers.__aexit__": (
+                "serve/toolbox.html#workers.__aexit__",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.Workers.__init__": (
+                "serve/toolbox.html#workers.__init__",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.Workers._answer": (
+                "serve/toolbox.html#workers._answer",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.Workers._end": (
+                "serve/toolbox.html#workers._end",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.Workers._started": (
+                "serve/toolbox.html#workers._started",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.Workers._taken": (
+                "serve/toolbox.html#workers._taken",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.Workers.call": (
+                "serve/toolbox.html#workers.call",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.Workers.tools": (
+                "serve/toolbox.html#workers.tools",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._Answered": (
+                "serve/toolbox.html#_answered",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._Asked": (
+                "serve/toolbox.html#_asked",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._Hello": (
+                "serve/toolbox.html#_hello",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._ask": ("serve/toolbox.html#_ask", "toolpost/serve/toolbox.py"),
+            "toolpost.serve.toolbox._clean": (
+                "serve/toolbox.html#_clean",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._environment": (
+                "serve/toolbox.html#_environment",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._kill": (
+                "serve/toolbox.html#_kill",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._limit": (
+                "serve/toolbox.html#_limit",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._limit_cpu": (
+                "serve/toolbox.html#_limit_cpu",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._line": (
+                "serve/toolbox.html#_line",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._soften": (
+                "serve/toolbox.html#_soften",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._start": (
+                "serve/toolbox.html#_start",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.load_tools": (
+                "serve/toolbox.html#load_tools",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.observe": (
+                "serve/toolbox.html#observe",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.run_child": (
+                "serve/toolbox.html#run_child",
+                "toolpost/serve/toolbox.py",
+            ),
+        },
+        "toolpost.serve.tools": {
+            "toolpost.serve.tools.Desk": ("serve/tools.html#desk", "toolpost/serve/tools.py"),
+            "toolpost.serve.tools.Desk.__init__": (
+                "serve/tools.html#desk.__init__",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.Desk._database": (
+                "serve/tools.html#desk._database",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.Desk._index": (
+                "serve/tools.html#desk._index",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.Desk.query_database": (
+                "serve/tools.html#desk.query_database",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.Desk.search_documents": (
+                "serve/tools.html#desk.search_documents",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.DeskError": (
+                "serve/tools.html#deskerror",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.ToolError": (
+                "serve/tools.html#toolerror",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools._Untitled": (
+                "serve/tools.html#_untitled",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools._Untitled.field_title_should_be_set": (
+                "serve/tools.html#_untitled.field_title_should_be_set",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools._adapter": (
+                "serve/tools.html#_adapter",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools._checked": (
+                "serve/tools.html#_checked",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools._neat": ("serve/tools.html#_neat", "toolpost/serve/tools.py"),
+            "toolpost.serve.tools._paragraphs": (
+                "serve/tools.html#_paragraphs",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools._plain": ("serve/tools.html#_plain", "toolpost/serve/tools.py"),
+            "toolpost.serve.tools._power": ("serve/tools.html#_power", "toolpost/serve/tools.py"),
+            "toolpost.serve.tools._registry": (
+                "serve/tools.html#_registry",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools._rounded": (
+                "serve/tools.html#_rounded",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools._unit": ("serve/tools.html#_unit", "toolpost/serve/tools.py"),
+            "toolpost.serve.tools._value": ("serve/tools.html#_value", "toolpost/serve/tools.py"),
+            "toolpost.serve.tools._while_asking": (
+                "serve/tools.html#_while_asking",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools._while_loading": (
+                "serve/tools.html#_while_loading",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools._why": ("serve/tools.html#_why", "toolpost/serve/tools.py"),
+            "toolpost.serve.tools.ask_database": (
+                "serve/tools.html#ask_database",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.calculate": (
+                "serve/tools.html#calculate",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.call_function": (
+                "serve/tools.html#call_function",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.convert_units": (
+                "serve/tools.html#convert_units",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.days_between": (
+                "serve/tools.html#days_between",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.desk_files": (
+                "serve/tools.html#desk_files",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.desk_tools": (
+                "serve/tools.html#desk_tools",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.find_paragraphs": (
+                "serve/tools.html#find_paragraphs",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.index_documents": (
+                "serve/tools.html#index_documents",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.open_database": (
+                "serve/tools.html#open_database",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.shift_date": (
+                "serve/tools.html#shift_date",
+                "toolpost/serve/tools.py",
+            ),
+            "toolpost.serve.tools.spec_of": ("serve/tools.html#spec_of", "toolpost/serve/tools.py"),
+        },
+        "toolpost.serve.trace": {
+            "toolpost.serve.trace.Line": ("serve/trace.html#line", "toolpost/serve/trace.py"),
+            "toolpost.serve.trace.ReplayError": (
+                "serve/trace.html#replayerror",
+                "toolpost/serve/trace.py",
+            ),
+            "toolpost.serve.trace.Trace": ("serve/trace.html#trace", "toolpost/serve/trace.py"),
+            "toolpost.serve.trace.Trace.events": (
+                "serve/trace.html#trace.events",
+                "toolpost/serve/trace.py",
+            ),
+            "toolpost.serve.trace.Trace.seconds": (
+                "serve/trace.html#trace.seconds",
+                "toolpost/serve/trace.py",
+            ),
+            "toolpost.serve.trace.TraceFile": (
+                "serve/trace.html#tracefile",
+                "toolpost/serve/trace.py",
+            ),
+            "toolpost.serve.trace.TraceFile.__call__": (
+                "serve/trace.html#tracefile.__call__",
+                "toolpost/serve/trace.py",
+            ),
+            "toolpost.serve.trace.TraceFile.__enter__": (
+                "serve/trace.html#tracefile.__enter__",
+                "toolpost/serve/trace.py",
+            ),
+            "toolpost.serve.trace.TraceFile.__exit__": (
+                "serve/trace.html#tracefile.__exit__",
+                "toolpost/serve/trace.py",
+            ),
+            "toolpost.serve.trace.TraceFile.__init__": (
+                "serve/trace.html#tracefile.__init__",
+                "toolpost/serve/trace.py",
+            ),
+            "toolpost.serve.trace._cut_torn": (
+                "serve/trace.html#_cut_torn",
+                "toolpost/serve/trace.py",
+            ),
+            "toolpost.serve.trace._differs": (
+                "serve/trace.html#_differs",
+                "toolpost/serve/trace.py",
+            ),
+            "toolpost.serve.trace._end": ("serve/trace.html#_end", "toolpost/serve/trace.py"),
+            "toolpost.serve.trace._line": ("serve/trace.html#_line", "toolpost/serve/trace.py"),
+            "toolpost.serve.trace.printable": (
+                "serve/trace.html#printable",
+                "toolpost/serve/trace.py",
+            ),
+            "toolpost.serve.trace.read_trace": (
+                "serve/trace.html#read_trace",
+                "toolpost/serve/trace.py",
+            ),
+            "toolpost.serve.trace.read_traces": (
+                "serve/trace.html#read_traces",
+                "toolpost/serve/trace.py",
+            ),
+            "toolpost.serve.trace.replay": ("serve/trace.html#replay", "toolpost/serve/trace.py"),
+            "toolpost.serve.trace.show": ("serve/trace.html#show", "toolpost/serve/trace.py"),
         },
         "toolpost.train.budget": {
             "toolpost.train.budget.Batch": ("train/budget.html#batch", "toolpost/train/budget.py"),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ __all__ = [
     "call_of",
     "completion_of",
     "finite",
+    "neutralise",
     "parse_answer",
     "prompt_of",
     "render_calls",
@@ -148,7 +150,7 @@ class Answer(Frozen):
         return not self.calls and not self.errors
 
 
-# %% ../../nbs/core/04_format.ipynb #2d1fb727
+# %% ../../nbs/core/04_format.ipynb #fa0a1212
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -202,13 +204,16 @@ def _deeper(value: Any) -> bool:
     return bool(level)
 
 
-def strict_json(text: str) -> Any:
+def strict_json(
+    text: str,
+    longest: int = LONGEST,  # characters
+) -> Any:
     """Read JSON; refuse NaN, infinities, duplicate keys, and what is too long or too deep.
 
     Raises:
         ValueError: the text is not strict JSON, or nested too deeply to be read.
     """
-    if len(text) > LONGEST:
+    if len(text) > longest:
         raise ValueError(f"{len(text):,} characters are too many")
     try:
         value = _STRICT.decode(text)
@@ -264,3 +269,17 @@ def parse_answer(
     if "<tool_call>" in prose or "</tool_call>" in prose:
         errors.append("a tag without its partner, or without newlines inside")
     return Answer(calls=tuple(calls), errors=tuple(errors), prose=prose)
+
+
+# %% ../../nbs/core/04_format.ipynb #60455a7b
+_TOKENS: Final = re.compile(r"<(?=\|\w{1,40}\|>)")
+_TAGS: Final = re.compile(r"<(?=/?(?:tool_call|tool_response|tools|think)>)")
+
+
+def neutralise(
+    text: str,
+    tags: bool = True,  # `<tool_call>` and the like too; an assistant's own text keeps them
+) -> str:
+    """Make control tokens ordinary text, with a zero-width space (U+200B) behind each `<`."""
+    text = _TOKENS.sub("<\u200b", text)
+    return _TAGS.sub("<\u200b", text) if tags else text

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-# %% ../../nbs/serve/01_engine.ipynb #5d0dee53
+# %% ../../nbs/serve/01_engine.ipynb #f5d77f8d
 @dataclass(frozen=True)
 class Task:
     """One prompt to be completed greedily."""
@@ -47,6 +47,8 @@ class Task:
     stop_ids: frozenset[int] = frozenset()  # on top of the model's own
     stop: tuple[str, ...] = ()  # texts that end the answer and are cut off
     skip_special: bool = True  # leave special tokens out of the text
+    watch: Callable[[str], None] | None = None  # is told the text so far after each token
+    gone: threading.Event | None = None  # set when nobody waits for the answer any more
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Completion:
     tokens: int  # generated, the end token included
 
 
-# %% ../../nbs/serve/01_engine.ipynb #d4d6a716
+# %% ../../nbs/serve/01_engine.ipynb #839616eb
 def pick_batch(
     waiting: Sequence[Task],  # the oldest first
     max_rows: int,
@@ -79,7 +81,7 @@ def pick_batch(
     return sorted(chosen)
 
 
-# %% ../../nbs/serve/01_engine.ipynb #2ac031b8
+# %% ../../nbs/serve/01_engine.ipynb #475748d8
 @dataclass(frozen=True)
 class LocalModel:
     """A loaded model with all that serving it needs."""
@@ -136,7 +138,7 @@ def load_local(folder: Path) -> LocalModel:
     return LocalModel(model.eval(), tokenizer, window, _stop_ids(model, tokenizer))
 
 
-# %% ../../nbs/serve/01_engine.ipynb #901b22d2
+# %% ../../nbs/serve/01_engine.ipynb #af65f34a
 def _one_line(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
 
@@ -154,7 +156,7 @@ def _check_fits(folder: Path, config: Any, missing: Sequence[str]) -> None:
         )
 
 
-# %% ../../nbs/serve/01_engine.ipynb #7b36d4f4
+# %% ../../nbs/serve/01_engine.ipynb #fcf154e1
 class _SharedLayer(DynamicLayer):
     """Keys and values of one layer for all rows: [rows, heads, width + room, head size]."""
 
@@ -192,7 +194,7 @@ class _SharedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-# %% ../../nbs/serve/01_engine.ipynb #18b23ef6
+# %% ../../nbs/serve/01_engine.ipynb #5038b69c
 def _read_prompts(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -217,7 +219,7 @@ def _read_prompts(
     return layers, mask, torch.cat(logits)
 
 
-# %% ../../nbs/serve/01_engine.ipynb #65dbc541
+# %% ../../nbs/serve/01_engine.ipynb #19632b23
 def _step(model: Any, tokens: torch.Tensor, cache: Cache, **where: Any) -> torch.Tensor:
     """Run the model once; give the logits after the last token of each row."""
     out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **where)
@@ -234,7 +236,7 @@ def _check_halt(halt: threading.Event) -> None:
         raise EngineStoppedError("the server is shutting down")
 
 
-# %% ../../nbs/serve/01_engine.ipynb #c8ebcb2e
+# %% ../../nbs/serve/01_engine.ipynb #050ac5fa
 @dataclass
 class _Row:
     at: int  # the task's place in the batch
@@ -253,7 +255,17 @@ class _Row:
                 return self._answer(text[: min(cuts)], "stop")
         if len(self.ids) >= self.task.max_tokens:
             return self._answer(self._text(self.ids), "length")
+        if self.task.gone is not None and self.task.gone.is_set():
+            return self._answer("", "stop")
+        if self.task.watch is not None:
+            self.task.watch(self._sure())
         return None
+
+    def _sure(self) -> str:
+        """Give what later tokens cannot change: no half character, no beginning of a stop text."""
+        text = self._text(self.ids).rstrip("\ufffd")
+        ends = (stop[:n] for stop in self.task.stop for n in range(1, len(stop)))
+        return text[: len(text) - max((len(e) for e in ends if text.endswith(e)), default=0)]
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.local.decode(ids, self.task.skip_special)
@@ -262,7 +274,7 @@ class _Row:
         return Completion(text, reason, len(self.ids))
 
 
-# %% ../../nbs/serve/01_engine.ipynb #ef9a5854
+# %% ../../nbs/serve/01_engine.ipynb #916e9089
 def complete_batch(
     local: LocalModel,
     tasks: Sequence[Task],

@@ -34,10 +34,10 @@ __all__ = [
     "Vllm",
     "answers",
     "await_ready",
+    "cpu_command",
+    "cpu_environment",
+    "cpu_version",
     "end_session",
-    "gateway_command",
-    "gateway_environment",
-    "gateway_version",
     "launch",
     "log_tail",
     "session_members",
@@ -46,7 +46,7 @@ __all__ = [
     "vllm_version",
 ]
 
-# %% ../../nbs/serve/03_server.ipynb #92e3ea56
+# %% ../../nbs/serve/03_server.ipynb #62050e5b
 HOST: Final = "127.0.0.1"  # nobody but this machine may ask: there is no key
 
 
@@ -54,16 +54,16 @@ class ServerError(RuntimeError):
     """A server that did not start, or would not end; the message says why and the way out."""
 
 
-def gateway_command(model: Path, served_name: str, port: int, threads: int) -> list[str]:
+def cpu_command(model: Path, served_name: str, port: int, threads: int) -> list[str]:
     """Write the command that serves a model on the CPU."""
     return [
-        *(sys.executable, "-m", "toolpost.serve.gateway", "--model", str(model)),
+        *(sys.executable, "-m", "toolpost.serve.completions", "--model", str(model)),
         *("--served-model-name", served_name, "--host", HOST, "--port", str(port)),
         *("--threads", str(threads)),
     ]
 
 
-# %% ../../nbs/serve/03_server.ipynb #c3b95f87
+# %% ../../nbs/serve/03_server.ipynb #f9b96294
 class Vllm(Frozen):
     """How vLLM is started."""
 
@@ -72,6 +72,8 @@ class Vllm(Frozen):
     gpu_memory_utilization: float = 0.90  # of the GPU's memory, weights and cache together
     enforce_eager: bool = True  # no CUDA graphs: a slower step, a faster start, less memory
     data_parallel_size: int = 1  # copies of the model, a GPU each
+    prefix_caching: bool = True  # prompts that begin alike share their keys and values
+    chat: bool = False  # vLLM's own chat endpoint makes calls too, by its hermes parser
 
 
 def vllm_command(model: Path, served_name: str, port: int, options: Vllm) -> list[str]:
@@ -91,11 +93,13 @@ def vllm_command(model: Path, served_name: str, port: int, options: Vllm) -> lis
         *("--gpu-memory-utilization", str(options.gpu_memory_utilization)),
         *("--data-parallel-size", str(options.data_parallel_size)),
         *(["--enforce-eager"] if options.enforce_eager else []),
+        *([] if options.prefix_caching else ["--no-enable-prefix-caching"]),
+        *(["--enable-auto-tool-choice", "--tool-call-parser", "hermes"] if options.chat else []),
         *("--generation-config", "vllm"),
     ]
 
 
-# %% ../../nbs/serve/03_server.ipynb #d981dcb7
+# %% ../../nbs/serve/03_server.ipynb #5d20ed28
 def vllm_version(executable: Path) -> str:
     """Find the version of the vLLM that an executable starts; "?" if its environment hides it."""
     home = executable.absolute().parent.parent
@@ -104,15 +108,15 @@ def vllm_version(executable: Path) -> str:
     return found.version if found else "?"
 
 
-def gateway_version() -> str:
-    """Name the gateway with the versions of what computes its answers."""
+def cpu_version() -> str:
+    """Name the CPU engine with the versions of what computes its answers."""
     names = ("toolpost", "torch", "transformers")
     return ", ".join(f"{name} {version(name)}" for name in names)
 
 
-# %% ../../nbs/serve/03_server.ipynb #07501b40
-def gateway_environment(inherited: Mapping[str, str], threads: int) -> dict[str, str]:
-    """Give the gateway's environment."""
+# %% ../../nbs/serve/03_server.ipynb #7cceac9e
+def cpu_environment(inherited: Mapping[str, str], threads: int) -> dict[str, str]:
+    """Give the CPU engine's environment."""
     path = os.pathsep.join(filter(None, [str(ROOT), inherited.get("PYTHONPATH")]))
     own = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     return {**inherited, **QUIET, **own}
@@ -233,7 +237,7 @@ def await_ready(
     )
 
 
-# %% ../../nbs/serve/03_server.ipynb #18747d2f
+# %% ../../nbs/serve/03_server.ipynb #35d87860
 @dataclass
 class Server:
     """Serves a model over OpenAI's completions protocol while the `with` block runs.
@@ -268,7 +272,7 @@ class Server:
         """What computes the answers, with its version."""
         if self.engine == "vllm":
             return f"vllm {vllm_version(self.vllm.executable)}"
-        return gateway_version()
+        return cpu_version()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -281,6 +285,11 @@ class Server:
     def session(self) -> int | None:
         """The session of the server, which is its supervisor's process; None if there is none."""
         return self._child.pid if self._child else None
+
+    @property
+    def ended(self) -> bool:
+        """True if the server was started and has ended by itself."""
+        return self._child is not None and self._child.poll() is not None
 
     def __enter__(self) -> Self:
         """Start the server and wait until it answers.
@@ -345,7 +354,7 @@ class Server:
             raise ServerError(f"processes {left} of the server do not end; kill them by hand")
 
 
-# %% ../../nbs/serve/03_server.ipynb #783415de
+# %% ../../nbs/serve/03_server.ipynb #e92d90af
 def _hold(server: Server) -> int:
     """Hold the server's port, anew if it is held, and give it."""
     taken = take_port(server.port or 0, HOST)
@@ -368,5 +377,5 @@ def _plan(server: Server) -> tuple[list[str], dict[str, str]]:
     if server.engine == "vllm":
         command = vllm_command(model, name, port, server.vllm)
         return command, vllm_environment(os.environ, server.vllm.executable)
-    command = gateway_command(model, name, port, server.threads)
-    return command, gateway_environment(os.environ, server.threads)
+    command = cpu_command(model, name, port, server.threads)
+    return command, cpu_environment(os.environ, server.threads)
