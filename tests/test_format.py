@@ -69,7 +69,7 @@ def test_every_first_prompt_is_the_one_bfcl_sends(handler: Any) -> None:
             toolless += not tools
             foreign += not json.dumps(tools, ensure_ascii=False).isascii()
     assert (count, systems, toolless) == (4441, 92, 4)
-    assert chats == 3641  # multi-turn tools have a "response" as well, which OpenAI's API does not know
+    assert chats == 3641  # tools of dialogues say what they return; OpenAI has no place for that
     assert foreign == 50  # BFCL escapes what is not ASCII; the template does not, see below
 
 

@@ -176,6 +176,7 @@ def results(folder: Path, hits: int, seed: int) -> Path:
             "models": {"sft": scores},
             "probes": {"sft": {"exact_call": {"hits": hits, "n": 4}}},
         },
+        "70_agent": {"models": {"sft": {"kinds": {"one": {"hits": hits, "n": 4}}}}},
     }
     folder.mkdir(parents=True)
     for stage in GRAPH:
@@ -188,9 +189,10 @@ def test_a_run_is_compared_with_the_published_one(tmp_path: Path) -> None:
     published = results(tmp_path / "published", hits=2, seed=0)
     same = compare(results(tmp_path / "a", hits=2, seed=0), published)
     other = compare(results(tmp_path / "b", hits=3, seed=0), published)
-    assert same == "Reproduced: all 3 scores equal the published ones."
-    assert "3 of 3 scores" in other
+    assert same == "Reproduced: all 4 scores equal the published ones."
+    assert "4 of 4 scores" in other
     assert "sft exact_call: 3/4, published 2/4" in other
+    assert "sft agent, one: 3/4, published 2/4" in other
     assert "10_anchors seed" in compare(results(tmp_path / "c", hits=2, seed=1), published)
     assert compare(published, tmp_path / "none") == "No published run to compare with."
 

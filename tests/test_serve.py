@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import BadRequestError, NotFoundError, OpenAI
 
@@ -44,6 +44,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from toolpost.serve.completions import make_app
 from toolpost.serve.engine import (
     Completion,
     Engine,
@@ -54,7 +55,6 @@ from toolpost.serve.engine import (
     load_local,
     pick_batch,
 )
-from toolpost.serve.completions import make_app
 
 WINDOW = 256
 BROKEN = "<|broken|>"  # the tokenizer knows this token, the model does not
@@ -288,6 +288,17 @@ def test_a_stream_adds_up_to_the_answer(client: OpenAI, stop: str | None) -> Non
         assert "".join(p.choices[0].text for p in parts[:-1]) == whole.choices[0].text
         assert parts[-2].choices[0].finish_reason == whole.choices[0].finish_reason
         assert parts[-1].usage == whole.usage
+
+
+@given(st.lists(st.binary(min_size=1, max_size=12), min_size=2, max_size=5), st.binary(max_size=30))
+@settings(max_examples=20, deadline=None)
+def test_a_common_beginning_that_is_read_once_changes_no_answer(
+    local: LocalModel, ends: list[bytes], beginning: bytes
+) -> None:
+    tasks = [Task(prompt=tuple(beginning + end), max_tokens=8) for end in ends]
+    found: dict[int, Completion] = {}
+    complete_batch(local, tasks, found.__setitem__, least_shared=1)
+    assert [found[i] for i in range(len(tasks))] == [alone(local, task) for task in tasks]
 
 
 def test_a_row_ends_when_its_client_is_gone(local: LocalModel) -> None:

@@ -31,6 +31,10 @@ d = {
                 "toolpost/bench/agent.py",
             ),
             "toolpost.bench.agent.Summary": ("bench/agent.html#summary", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent.Summary.solves": (
+                "bench/agent.html#summary.solves",
+                "toolpost/bench/agent.py",
+            ),
             "toolpost.bench.agent.Task": ("bench/agent.html#task", "toolpost/bench/agent.py"),
             "toolpost.bench.agent.Task._calls": (
                 "bench/agent.html#task._calls",
@@ -49,10 +53,7 @@ d = {
                 "toolpost/bench/agent.py",
             ),
             "toolpost.bench.agent._count": ("bench/agent.html#_count", "toolpost/bench/agent.py"),
-            "toolpost.bench.agent._repaired": (
-                "bench/agent.html#_repaired",
-                "toolpost/bench/agent.py",
-            ),
+            "toolpost.bench.agent._parts": ("bench/agent.html#_parts", "toolpost/bench/agent.py"),
             "toolpost.bench.agent._task": ("bench/agent.html#_task", "toolpost/bench/agent.py"),
             "toolpost.bench.agent._undone": ("bench/agent.html#_undone", "toolpost/bench/agent.py"),
             "toolpost.bench.agent._unsaid": ("bench/agent.html#_unsaid", "toolpost/bench/agent.py"),
@@ -602,10 +603,13 @@ d = {
             ),
         },
         "toolpost.cli": {
+            "toolpost.cli._OrTask": ("cli.html#_ortask", "toolpost/cli.py"),
+            "toolpost.cli._OrTask.parse_args": ("cli.html#_ortask.parse_args", "toolpost/cli.py"),
             "toolpost.cli._announce": ("cli.html#_announce", "toolpost/cli.py"),
             "toolpost.cli._bfcl": ("cli.html#_bfcl", "toolpost/cli.py"),
             "toolpost.cli._check_raw": ("cli.html#_check_raw", "toolpost/cli.py"),
             "toolpost.cli._checked": ("cli.html#_checked", "toolpost/cli.py"),
+            "toolpost.cli._endpoint": ("cli.html#_endpoint", "toolpost/cli.py"),
             "toolpost.cli._fail": ("cli.html#_fail", "toolpost/cli.py"),
             "toolpost.cli._messages": ("cli.html#_messages", "toolpost/cli.py"),
             "toolpost.cli._say": ("cli.html#_say", "toolpost/cli.py"),
@@ -613,14 +617,18 @@ d = {
             "toolpost.cli._text": ("cli.html#_text", "toolpost/cli.py"),
             "toolpost.cli._toolpost": ("cli.html#_toolpost", "toolpost/cli.py"),
             "toolpost.cli._which": ("cli.html#_which", "toolpost/cli.py"),
+            "toolpost.cli.ask": ("cli.html#ask", "toolpost/cli.py"),
             "toolpost.cli.check": ("cli.html#check", "toolpost/cli.py"),
             "toolpost.cli.doctor": ("cli.html#doctor", "toolpost/cli.py"),
+            "toolpost.cli.evaluate": ("cli.html#evaluate", "toolpost/cli.py"),
             "toolpost.cli.main": ("cli.html#main", "toolpost/cli.py"),
             "toolpost.cli.mask": ("cli.html#mask", "toolpost/cli.py"),
+            "toolpost.cli.mcp": ("cli.html#mcp", "toolpost/cli.py"),
             "toolpost.cli.normalize": ("cli.html#normalize", "toolpost/cli.py"),
             "toolpost.cli.plan": ("cli.html#plan", "toolpost/cli.py"),
             "toolpost.cli.publish": ("cli.html#publish", "toolpost/cli.py"),
             "toolpost.cli.push": ("cli.html#push", "toolpost/cli.py"),
+            "toolpost.cli.replay": ("cli.html#replay", "toolpost/cli.py"),
             "toolpost.cli.run": ("cli.html#run", "toolpost/cli.py"),
             "toolpost.cli.serve": ("cli.html#serve", "toolpost/cli.py"),
             "toolpost.cli.verify": ("cli.html#verify", "toolpost/cli.py"),
@@ -1924,6 +1932,30 @@ d = {
             "toolpost.record.sha256": ("record.html#sha256", "toolpost/record.py"),
             "toolpost.record.write_json": ("record.html#write_json", "toolpost/record.py"),
         },
+        "toolpost.report.agent": {
+            "toolpost.report.agent._row": ("report/agent.html#_row", "toolpost/report/agent.py"),
+            "toolpost.report.agent._total": (
+                "report/agent.html#_total",
+                "toolpost/report/agent.py",
+            ),
+            "toolpost.report.agent.behaviour": (
+                "report/agent.html#behaviour",
+                "toolpost/report/agent.py",
+            ),
+            "toolpost.report.agent.card": ("report/agent.html#card", "toolpost/report/agent.py"),
+            "toolpost.report.agent.change": (
+                "report/agent.html#change",
+                "toolpost/report/agent.py",
+            ),
+            "toolpost.report.agent.solved": (
+                "report/agent.html#solved",
+                "toolpost/report/agent.py",
+            ),
+            "toolpost.report.agent.summaries": (
+                "report/agent.html#summaries",
+                "toolpost/report/agent.py",
+            ),
+        },
         "toolpost.report.charts": {
             "toolpost.report.charts.Curve": (
                 "report/charts.html#curve",
@@ -2090,6 +2122,28 @@ d = {
             "toolpost.report.page.title": ("report/page.html#title", "toolpost/report/page.py"),
             "toolpost.report.page.to_html": ("report/page.html#to_html", "toolpost/report/page.py"),
         },
+        "toolpost.report.serving": {
+            "toolpost.report.serving._about": (
+                "report/serving.html#_about",
+                "toolpost/report/serving.py",
+            ),
+            "toolpost.report.serving._rows": (
+                "report/serving.html#_rows",
+                "toolpost/report/serving.py",
+            ),
+            "toolpost.report.serving.serving": (
+                "report/serving.html#serving",
+                "toolpost/report/serving.py",
+            ),
+            "toolpost.report.serving.soak": (
+                "report/serving.html#soak",
+                "toolpost/report/serving.py",
+            ),
+            "toolpost.report.serving.spread_cell": (
+                "report/serving.html#spread_cell",
+                "toolpost/report/serving.py",
+            ),
+        },
         "toolpost.report.tables": {
             "toolpost.report.tables.Cell": ("report/tables.html#cell", "toolpost/report/tables.py"),
             "toolpost.report.tables.Markup": (
@@ -2122,10 +2176,6 @@ d = {
             ),
             "toolpost.report.tables.Table._repr_html_": (
                 "report/tables.html#table._repr_html_",
-                "toolpost/report/tables.py",
-            ),
-            "toolpost.report.tables._change_cell": (
-                "report/tables.html#_change_cell",
                 "toolpost/report/tables.py",
             ),
             "toolpost.report.tables._changes": (
@@ -2238,8 +2288,16 @@ d = {
                 "report/tables.html#change",
                 "toolpost/report/tables.py",
             ),
+            "toolpost.report.tables.change_cell": (
+                "report/tables.html#change_cell",
+                "toolpost/report/tables.py",
+            ),
             "toolpost.report.tables.claim": (
                 "report/tables.html#claim",
+                "toolpost/report/tables.py",
+            ),
+            "toolpost.report.tables.count_cell": (
+                "report/tables.html#count_cell",
                 "toolpost/report/tables.py",
             ),
             "toolpost.report.tables.curve": (
@@ -2385,6 +2443,10 @@ d = {
                 "serve/agent.html#endpointerror",
                 "toolpost/serve/agent.py",
             ),
+            "toolpost.serve.agent.EndpointError.__init__": (
+                "serve/agent.html#endpointerror.__init__",
+                "toolpost/serve/agent.py",
+            ),
             "toolpost.serve.agent.Limits": ("serve/agent.html#limits", "toolpost/serve/agent.py"),
             "toolpost.serve.agent.Memory": ("serve/agent.html#memory", "toolpost/serve/agent.py"),
             "toolpost.serve.agent.Memory.__init__": (
@@ -2417,6 +2479,21 @@ d = {
             "toolpost.serve.agent.Result": ("serve/agent.html#result", "toolpost/serve/agent.py"),
             "toolpost.serve.agent.Running": ("serve/agent.html#running", "toolpost/serve/agent.py"),
             "toolpost.serve.agent.Started": ("serve/agent.html#started", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent._Call": ("serve/agent.html#_call", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent._Choice": ("serve/agent.html#_choice", "toolpost/serve/agent.py"),
+            "toolpost.serve.agent._Completion": (
+                "serve/agent.html#_completion",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent._Function": (
+                "serve/agent.html#_function",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent._Message": (
+                "serve/agent.html#_message",
+                "toolpost/serve/agent.py",
+            ),
+            "toolpost.serve.agent._Usage": ("serve/agent.html#_usage", "toolpost/serve/agent.py"),
             "toolpost.serve.agent._answer_calls": (
                 "serve/agent.html#_answer_calls",
                 "toolpost/serve/agent.py",
@@ -2457,12 +2534,12 @@ d = {
                 "serve/agent.html#read_call",
                 "toolpost/serve/agent.py",
             ),
-            "toolpost.serve.agent.read_text": (
-                "serve/agent.html#read_text",
+            "toolpost.serve.agent.read_reply": (
+                "serve/agent.html#read_reply",
                 "toolpost/serve/agent.py",
             ),
-            "toolpost.serve.agent.reply_of": (
-                "serve/agent.html#reply_of",
+            "toolpost.serve.agent.read_text": (
+                "serve/agent.html#read_text",
                 "toolpost/serve/agent.py",
             ),
             "toolpost.serve.agent.run_agent": (
@@ -2741,6 +2818,7 @@ d = {
                 "toolpost/serve/engine.py",
             ),
             "toolpost.serve.engine.Task": ("serve/engine.html#task", "toolpost/serve/engine.py"),
+            "toolpost.serve.engine._How": ("serve/engine.html#_how", "toolpost/serve/engine.py"),
             "toolpost.serve.engine._Job": ("serve/engine.html#_job", "toolpost/serve/engine.py"),
             "toolpost.serve.engine._Row": ("serve/engine.html#_row", "toolpost/serve/engine.py"),
             "toolpost.serve.engine._Row._answer": (
@@ -2819,6 +2897,10 @@ d = {
             "toolpost.serve.engine._take": ("serve/engine.html#_take", "toolpost/serve/engine.py"),
             "toolpost.serve.engine._write": (
                 "serve/engine.html#_write",
+                "toolpost/serve/engine.py",
+            ),
+            "toolpost.serve.engine.common_beginning": (
+                "serve/engine.html#common_beginning",
                 "toolpost/serve/engine.py",
             ),
             "toolpost.serve.engine.complete_batch": (
@@ -3044,16 +3126,17 @@ d = {
                 "serve/mcp.html#mcptools.__init__",
                 "toolpost/serve/mcp.py",
             ),
-            "toolpost.serve.mcp.McpTools._listed": (
-                "serve/mcp.html#mcptools._listed",
-                "toolpost/serve/mcp.py",
-            ),
             "toolpost.serve.mcp.McpTools.call": (
                 "serve/mcp.html#mcptools.call",
                 "toolpost/serve/mcp.py",
             ),
             "toolpost.serve.mcp.McpTools.tools": (
                 "serve/mcp.html#mcptools.tools",
+                "toolpost/serve/mcp.py",
+            ),
+            "toolpost.serve.mcp._call_tool": ("serve/mcp.html#_call_tool", "toolpost/serve/mcp.py"),
+            "toolpost.serve.mcp._list_tools": (
+                "serve/mcp.html#_list_tools",
                 "toolpost/serve/mcp.py",
             ),
             "toolpost.serve.mcp._pipes": ("serve/mcp.html#_pipes", "toolpost/serve/mcp.py"),
@@ -3271,22 +3354,6 @@ d = {
                 "serve/toolbox.html#workers.__init__",
                 "toolpost/serve/toolbox.py",
             ),
-            "toolpost.serve.toolbox.Workers._answer": (
-                "serve/toolbox.html#workers._answer",
-                "toolpost/serve/toolbox.py",
-            ),
-            "toolpost.serve.toolbox.Workers._end": (
-                "serve/toolbox.html#workers._end",
-                "toolpost/serve/toolbox.py",
-            ),
-            "toolpost.serve.toolbox.Workers._started": (
-                "serve/toolbox.html#workers._started",
-                "toolpost/serve/toolbox.py",
-            ),
-            "toolpost.serve.toolbox.Workers._taken": (
-                "serve/toolbox.html#workers._taken",
-                "toolpost/serve/toolbox.py",
-            ),
             "toolpost.serve.toolbox.Workers.call": (
                 "serve/toolbox.html#workers.call",
                 "toolpost/serve/toolbox.py",
@@ -3301,6 +3368,30 @@ d = {
             ),
             "toolpost.serve.toolbox._Asked": (
                 "serve/toolbox.html#_asked",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._Children": (
+                "serve/toolbox.html#_children",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._Children.__init__": (
+                "serve/toolbox.html#_children.__init__",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._Children._check_open": (
+                "serve/toolbox.html#_children._check_open",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._Children._greet": (
+                "serve/toolbox.html#_children._greet",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._Children.kill": (
+                "serve/toolbox.html#_children.kill",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._Children.take": (
+                "serve/toolbox.html#_children.take",
                 "toolpost/serve/toolbox.py",
             ),
             "toolpost.serve.toolbox._Hello": (
@@ -3332,12 +3423,20 @@ d = {
                 "serve/toolbox.html#_line",
                 "toolpost/serve/toolbox.py",
             ),
+            "toolpost.serve.toolbox._observe_in": (
+                "serve/toolbox.html#_observe_in",
+                "toolpost/serve/toolbox.py",
+            ),
             "toolpost.serve.toolbox._soften": (
                 "serve/toolbox.html#_soften",
                 "toolpost/serve/toolbox.py",
             ),
             "toolpost.serve.toolbox._start": (
                 "serve/toolbox.html#_start",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox._usable": (
+                "serve/toolbox.html#_usable",
                 "toolpost/serve/toolbox.py",
             ),
             "toolpost.serve.toolbox.load_tools": (
@@ -3516,6 +3615,10 @@ d = {
             ),
             "toolpost.serve.trace._end": ("serve/trace.html#_end", "toolpost/serve/trace.py"),
             "toolpost.serve.trace._line": ("serve/trace.html#_line", "toolpost/serve/trace.py"),
+            "toolpost.serve.trace._recorded": (
+                "serve/trace.html#_recorded",
+                "toolpost/serve/trace.py",
+            ),
             "toolpost.serve.trace.printable": (
                 "serve/trace.html#printable",
                 "toolpost/serve/trace.py",

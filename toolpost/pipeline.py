@@ -42,13 +42,14 @@ __all__ = [
 ]
 
 
-# %% ../nbs/02_pipeline.ipynb #9f215c25
+# %% ../nbs/02_pipeline.ipynb #967168f0
 @dataclass(frozen=True)
 class Node:
     """A stage's place in the graph."""
 
     needs: tuple[str, ...] = ()  # stages whose results it reads
     rooms: tuple[str, ...] = ("core",)  # folders of the package that its code is in
+    reads: tuple[str, ...] = ()  # folders of the repository whose files it shows
     makes: tuple[str, ...] = ()  # files beside its result, relative to the run's folder
 
 
@@ -76,9 +77,14 @@ GRAPH: Final[Mapping[str, Node]] = {
         needs=("10_anchors", "20_data", "30_sft", "40_dpo", "50_grpo"),
         rooms=("core", "data", "bench", "serve"),
     ),
+    "70_agent": Node(
+        needs=("10_anchors", "30_sft", "40_dpo"),
+        rooms=("core", "bench", "serve"),
+    ),
     "80_report": Node(
-        needs=("10_anchors", "20_data", "30_sft", "40_dpo", "50_grpo", "60_eval"),
+        needs=("10_anchors", "20_data", "30_sft", "40_dpo", "50_grpo", "60_eval", "70_agent"),
         rooms=("core", "bench", "report"),
+        reads=("reports/benchmarks",),
     ),
 }
 
@@ -94,17 +100,16 @@ def ancestors(stage: str) -> list[str]:
     return [name for name in GRAPH if name in wanted]
 
 
-# %% ../nbs/02_pipeline.ipynb #4531362c
+# %% ../nbs/02_pipeline.ipynb #59f690ff
 SHARED: Final = (PACKAGE / "record.py", PACKAGE / "profile.py", ROOT / "constraints.txt")
 
 
 def code_of(stage: str) -> list[Path]:
     """Give the files whose change makes a stage stale: notebook, rooms, pinned versions."""
     found = [ROOT / "nbs" / "stages" / f"{stage}.ipynb", *SHARED]
-    for room in GRAPH[stage].rooms:
-        found += sorted(
-            p for p in (PACKAGE / room).rglob("*") if p.is_file() and p.suffix != ".pyc"
-        )
+    folders = [PACKAGE / room for room in GRAPH[stage].rooms]
+    for folder in [*folders, *(ROOT / one for one in GRAPH[stage].reads)]:
+        found += sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc")
     return found
 
 
@@ -398,17 +403,22 @@ def publish(run: Run, target: Path) -> Path:
     return target / "index.html"
 
 
-# %% ../nbs/02_pipeline.ipynb #2c635591
+# %% ../nbs/02_pipeline.ipynb #85a6f2f5
 def _counts(folder: Path) -> dict[str, tuple[int, int]]:
-    """Give all counted scores of a report's results: (hits, n) by model and category or metric."""
-    anchors = json.loads((folder / "10_anchors.json").read_text(encoding="utf-8"))["result"]
-    last = json.loads((folder / "60_eval.json").read_text(encoding="utf-8"))["result"]
+    """Give all counted scores of a report's results: (hits, n) by model and what was counted."""
+    names = ("10_anchors", "60_eval", "70_agent")
+    anchors, last, agent = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["result"]
+        for name in names
+    )
     found = {}
     for model, scores in {**anchors["models"], **last["models"]}.items():
         for category, score in scores["categories"].items():
             found[f"{model} {category}"] = (sum(score["passed"]), len(score["passed"]))
     for model, metrics in last["probes"].items():
         found |= {f"{model} {metric}": (c["hits"], c["n"]) for metric, c in metrics.items()}
+    for model, seen in agent["models"].items():
+        found |= {f"{model} agent, {k}": (c["hits"], c["n"]) for k, c in seen["kinds"].items()}
     return found
 
 

@@ -19,6 +19,7 @@ from .record import ROOT, Settings, explain
 __all__ = [
     "PROFILES",
     "STAGES",
+    "Agent",
     "Anchors",
     "Count",
     "Data",
@@ -38,7 +39,7 @@ __all__ = [
     "parse_overrides",
 ]
 
-# %% ../nbs/01_profile.ipynb #0d362bca
+# %% ../nbs/01_profile.ipynb #60dc982a
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=0.5)]
 SourceName = Literal["practice", "xlam", "toolace"]
@@ -152,6 +153,20 @@ class Evaluation(Settings):
     ready_timeout: Positive = 120
 
 
+class Agent(Settings):
+    """70_agent: tasks of several steps over real tools."""
+
+    tasks: Count = 0
+    clients: Positive = 16
+    max_tokens: Positive = 96
+    steps: Positive = 8
+    repairs: Count = 2
+    total_s: Annotated[float, Field(gt=0)] = 120.0
+    engine: Literal["cpu", "vllm"] = "cpu"
+    port: Annotated[int, Field(ge=0, lt=65536)] = 0
+    ready_timeout: Positive = 120
+
+
 class Report(Settings):
     """80_report: the page."""
 
@@ -163,6 +178,7 @@ STAGES: Final[Mapping[str, type[Settings]]] = {
     "40_dpo": Dpo,
     "50_grpo": Grpo,
     "60_eval": Evaluation,
+    "70_agent": Agent,
     "80_report": Report,
 }
 

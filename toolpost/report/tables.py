@@ -59,7 +59,9 @@ __all__ = [
     "category_rows",
     "category_scores",
     "change",
+    "change_cell",
     "claim",
+    "count_cell",
     "curve",
     "data_table",
     "group_scores",
@@ -610,14 +612,18 @@ def headline(models: Mapping[str, ModelScores], ceiling: Sequence[Published] = (
     return Table("BFCL-V4", head, tuple(rows), notes)
 
 
-# %% ../../nbs/report/01_tables.ipynb #b44dedf0
+# %% ../../nbs/report/01_tables.ipynb #c1896887
 def _score_cell(score: Interval | None, hits: int = 0) -> Cell:
     if score is None:
         return Cell(NOT_RUN, "", "muted")
     return Cell(percent(score.mean), f"{hits}/{_count(score)}{_DOT}{_range(score)}")
 
 
-def _change_cell(seen: Difference | None, adjusted: float) -> Cell:
+def change_cell(
+    seen: Difference | None,
+    adjusted: float,  # its p value, after Holm's correction
+) -> Cell:
+    """Write a difference in points with what was won and lost, interval and p value."""
     if seen is None:
         return Cell(DASH, "", "muted")
     counts = f"+{seen.won}{_GAP}\N{MINUS SIGN}{seen.lost}"
@@ -625,14 +631,14 @@ def _change_cell(seen: Difference | None, adjusted: float) -> Cell:
     return Cell(points(seen.mean), small, "strong" if adjusted < LEVEL else "")
 
 
-# %% ../../nbs/report/01_tables.ipynb #a439bb6c
+# %% ../../nbs/report/01_tables.ipynb #2aff7792
 def _changes(models: Mapping[str, ModelScores], old: str, new: str) -> dict[str, Cell]:
     if old not in models or new not in models:
         return dict.fromkeys(CATEGORIES, Cell(DASH, "", "muted"))
     seen = {c: change(models[old], models[new], [c]) for c in CATEGORIES}
     run = [c for c in CATEGORIES if seen[c] is not None]
     adjusted = dict(zip(run, holm([s.p for s in seen.values() if s]), strict=True))
-    return {c: _change_cell(seen[c], adjusted.get(c, 1.0)) for c in CATEGORIES}
+    return {c: change_cell(seen[c], adjusted.get(c, 1.0)) for c in CATEGORIES}
 
 
 # %% ../../nbs/report/01_tables.ipynb #7c0a1667
@@ -776,7 +782,7 @@ def judged(count: Count) -> Interval:
     return share(hits, sizes)
 
 
-# %% ../../nbs/report/01_tables.ipynb #ed65cd25
+# %% ../../nbs/report/01_tables.ipynb #44d9453c
 _KNOWN: Final = (
     "In small: counted/judged, in brackets the clusters of answers about the same tools, and "
     "the 95 % interval in percent."
@@ -788,19 +794,20 @@ _UNKNOWN: Final = (
 )
 
 
+def count_cell(count: Count | None, of: str = "answers") -> Cell:
+    """Write a count as a share with its interval."""
+    if count is None:
+        return Cell(NOT_RUN, "", "muted")
+    if not count.n:
+        return Cell(DASH, f"0 {of} to judge", "muted")
+    return _score_cell(judged(count), count.hits)
+
+
 def metrics(counts: Mapping[str, Mapping[str, Count]]) -> Table:
     """Give our own metrics of each model with counts and intervals."""
     rows = []
     for metric in METRICS:
-        cells = []
-        for m in LABEL:
-            count = counts.get(m, {}).get(metric)
-            if count is None:
-                cells.append(Cell(NOT_RUN, "", "muted"))
-            elif not count.n:
-                cells.append(Cell(DASH, "0 answers to judge", "muted"))
-            else:
-                cells.append(_score_cell(judged(count), count.hits))
+        cells = [count_cell(counts.get(m, {}).get(metric)) for m in LABEL]
         rows.append((Cell(metric.replace("_", " "), MEANING.get(metric, "")), *cells))
     seen = [count for by_metric in counts.values() for count in by_metric.values() if count.n]
     note = _KNOWN if all(count.clusters for count in seen) else _UNKNOWN
@@ -897,7 +904,7 @@ def samples(records: Records) -> Markup:
     )
 
 
-# %% ../../nbs/report/01_tables.ipynb #bcc23b83
+# %% ../../nbs/report/01_tables.ipynb #5ef80614
 def curve(records: Records, stage: str, key: str = "curve") -> list[dict[str, Any]]:
     """Give what a training stage logged; empty if it was not run."""
     return part(records, stage, key, list[dict[str, Any]]) or []
@@ -953,7 +960,7 @@ def _pair_rows(records: Records) -> list[tuple[Cell, ...]]:
     return rows
 
 
-# %% ../../nbs/report/01_tables.ipynb #e1e3a52d
+# %% ../../nbs/report/01_tables.ipynb #e002307f
 def reinforcement(records: Records) -> Table:
     """Compare GRPO's model with DPO's, by official group."""
     found = part(records, "60_eval", "models", dict[str, ModelScores]) or {}
@@ -965,7 +972,7 @@ def reinforcement(records: Records) -> Table:
     seen = [change(old, new, weight) for weight in GROUPS.values()]
     adjusted = iter(holm([one.p for one in seen if one]))
     rows = tuple(
-        (Cell(group), a, b, _change_cell(one, next(adjusted) if one else 1.0))
+        (Cell(group), a, b, change_cell(one, next(adjusted) if one else 1.0))
         for group, a, b, one in zip(GROUPS, _group_cells(old), _group_cells(new), seen, strict=True)
     )
     return Table("From DPO to GRPO", head, rows, _rewards(records))

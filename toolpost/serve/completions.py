@@ -291,7 +291,7 @@ def _add_error_answers(app: FastAPI) -> None:
         return _refusal(500, f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}")
 
 
-# %% ../../nbs/serve/02_completions.ipynb #b8b6bb11
+# %% ../../nbs/serve/02_completions.ipynb #a2e2cd32
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m toolpost.serve.completions",
@@ -306,18 +306,26 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-batch-tokens", type=int, default=16_384, help="rows x (longest prompt + new tokens)"
     )
+    parser.add_argument(
+        "--no-shared-prefix", action="store_true", help="read the same beginning again and again"
+    )
     return parser
 
 
-# %% ../../nbs/serve/02_completions.ipynb #42aab1a6
+# %% ../../nbs/serve/02_completions.ipynb #d3739ca9
 def _serve(args: argparse.Namespace, taken: socket.socket) -> None:
     import torch
     import uvicorn
 
-    from toolpost.serve.engine import Engine, load_local
+    from toolpost.serve.engine import LEAST_SHARED, Engine, load_local
 
     torch.set_num_threads(args.threads)
-    engine = Engine(load_local(args.model), args.max_batch_rows, args.max_batch_tokens)
+    engine = Engine(
+        load_local(args.model),
+        args.max_batch_rows,
+        args.max_batch_tokens,
+        least_shared=sys.maxsize if args.no_shared_prefix else LEAST_SHARED,
+    )
     app = make_app(engine, args.served_model_name or str(args.model))
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2

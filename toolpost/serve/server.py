@@ -46,7 +46,7 @@ __all__ = [
     "vllm_version",
 ]
 
-# %% ../../nbs/serve/03_server.ipynb #62050e5b
+# %% ../../nbs/serve/03_server.ipynb #2306322c
 HOST: Final = "127.0.0.1"  # nobody but this machine may ask: there is no key
 
 
@@ -54,12 +54,19 @@ class ServerError(RuntimeError):
     """A server that did not start, or would not end; the message says why and the way out."""
 
 
-def cpu_command(model: Path, served_name: str, port: int, threads: int) -> list[str]:
+def cpu_command(
+    model: Path,
+    served_name: str,
+    port: int,
+    threads: int,
+    share_prefix: bool = True,  # what all prompts of a batch begin with is read once
+) -> list[str]:
     """Write the command that serves a model on the CPU."""
     return [
         *(sys.executable, "-m", "toolpost.serve.completions", "--model", str(model)),
         *("--served-model-name", served_name, "--host", HOST, "--port", str(port)),
         *("--threads", str(threads)),
+        *([] if share_prefix else ["--no-shared-prefix"]),
     ]
 
 
@@ -237,7 +244,7 @@ def await_ready(
     )
 
 
-# %% ../../nbs/serve/03_server.ipynb #35d87860
+# %% ../../nbs/serve/03_server.ipynb #e8c1f71a
 @dataclass
 class Server:
     """Serves a model over OpenAI's completions protocol while the `with` block runs.
@@ -252,6 +259,7 @@ class Server:
     engine: Literal["cpu", "vllm"] = "cpu"
     port: int | None = None  # a free one if None
     threads: int = 2  # CPU threads of the CPU engine
+    share_prefix: bool = True  # by the CPU engine; vLLM has its own setting
     ready_timeout_s: float = 600.0
     patience_s: float = 5.0  # how long it may take to end by itself
     vllm: Vllm = field(default_factory=Vllm)
@@ -354,7 +362,7 @@ class Server:
             raise ServerError(f"processes {left} of the server do not end; kill them by hand")
 
 
-# %% ../../nbs/serve/03_server.ipynb #e92d90af
+# %% ../../nbs/serve/03_server.ipynb #99d526df
 def _hold(server: Server) -> int:
     """Hold the server's port, anew if it is held, and give it."""
     taken = take_port(server.port or 0, HOST)
@@ -377,5 +385,5 @@ def _plan(server: Server) -> tuple[list[str], dict[str, str]]:
     if server.engine == "vllm":
         command = vllm_command(model, name, port, server.vllm)
         return command, vllm_environment(os.environ, server.vllm.executable)
-    command = cpu_command(model, name, port, server.threads)
+    command = cpu_command(model, name, port, server.threads, server.share_prefix)
     return command, cpu_environment(os.environ, server.threads)

@@ -86,7 +86,7 @@ def example(base_url: str, model: str, keyed: bool) -> str:
     return f"{shlex.join(words)}{key} -d {shlex.quote(json.dumps(body))}"
 
 
-# %% ../../nbs/serve/12_serving.ipynb #d939fbd5
+# %% ../../nbs/serve/12_serving.ipynb #8b606048
 def stand_by(
     engine: Server,
     alive: Callable[[], bool],  # False ends it
@@ -102,11 +102,10 @@ def stand_by(
     left = restarts
     while alive():
         if engine.ended:
-            fault = engine.fault() or "the engine has ended"
             if not left:
-                raise ServerError(f"gave up after {restarts} restarts: {fault}")
+                raise ServerError(f"gave up after {restarts} restarts: {engine.fault()}")
             left -= 1
-            say(f"{fault.splitlines()[0]}; starting it again")
+            say(f"the engine has ended and is started again; its log is {engine.log}")
             engine.restart()
             say("it answers again")
         time.sleep(pause_s)
