@@ -122,7 +122,7 @@ ends = st.sampled_from(["stop", "length"])
 def test_only_calls_of_known_tools_in_whole_answers_are_handed_out(
     text: str, end: Any, strict: bool
 ) -> None:
-    answered = to_answer(Completed(text, end, 1, 1), TOOLS, strict)
+    answered = to_answer(Completed(text, end, 1, 1), TOOLS, TOOLS if strict else ())
     reasoning, rest = thought(text)
     judged = judge(rest, TOOLS, whole=end == "stop")
     assert judged == answered.judged
@@ -145,7 +145,7 @@ def test_only_calls_of_known_tools_in_whole_answers_are_handed_out(
 @settings(max_examples=300)
 @given(answers, ends)
 def test_what_is_streamed_early_is_the_beginning_of_the_answer(text: str, end: Any) -> None:
-    answered = to_answer(Completed(text, end, 1, 1), TOOLS, strict=False)
+    answered = to_answer(Completed(text, end, 1, 1), TOOLS)
     shown = ""
     for n in range(len(text) + 1):
         now = showable(text[:n])
@@ -210,4 +210,25 @@ def test_without_choice_no_tool_is_shown() -> None:
     job = to_job(request([{"role": "user", "content": "?"}], tools=OFFER, tool_choice="none"))
     assert "clock" not in job.prompt
     said = Completed(render_calls([ToolCall(name="clock", arguments={"zone": "x"})]), "stop", 1, 1)
-    assert to_answer(said, job.tools, strict=False).calls == ()
+    assert to_answer(said, job.tools).calls == ()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_strict_tool_gets_valid_calls_only(strict: bool) -> None:
+    offer = [{"type": "function", "function": bare(CLOCK) | {"strict": strict}}]
+    job = to_job(request([ASKED], tools=offer))
+    said = render_calls([ToolCall(name="clock", arguments={"days": 1})])
+    answered = to_answer(Completed(said, "stop", 1, 1), job.callable, job.strict)
+    assert bool(answered.calls) is not strict
+    assert answered.judged.outcome is VerificationOutcome.SCHEMA_VIOLATION
+
+
+def test_a_tool_that_was_not_chosen_is_not_called() -> None:
+    other = {"type": "function", "function": bare(CLOCK) | {"name": "calendar"}}
+    choice = {"type": "function", "function": {"name": "clock"}}
+    job = to_job(request([ASKED], tools=[*OFFER, other], tool_choice=choice))
+    calls = [ToolCall(name=name, arguments={"zone": "Lima"}) for name in ("clock", "calendar")]
+    answered = to_answer(Completed(render_calls(calls), "stop", 1, 1), job.callable, job.strict)
+    assert answered.calls == ()
+    assert answered.judged.outcome is VerificationOutcome.UNKNOWN_TOOL
+    assert set(job.tools) == {"clock", "calendar"}

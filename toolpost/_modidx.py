@@ -55,6 +55,10 @@ d = {
             "toolpost.bench.agent._count": ("bench/agent.html#_count", "toolpost/bench/agent.py"),
             "toolpost.bench.agent._parts": ("bench/agent.html#_parts", "toolpost/bench/agent.py"),
             "toolpost.bench.agent._task": ("bench/agent.html#_task", "toolpost/bench/agent.py"),
+            "toolpost.bench.agent._unasked": (
+                "bench/agent.html#_unasked",
+                "toolpost/bench/agent.py",
+            ),
             "toolpost.bench.agent._undone": ("bench/agent.html#_undone", "toolpost/bench/agent.py"),
             "toolpost.bench.agent._unsaid": ("bench/agent.html#_unsaid", "toolpost/bench/agent.py"),
             "toolpost.bench.agent.check": ("bench/agent.html#check", "toolpost/bench/agent.py"),
@@ -2588,6 +2592,10 @@ d = {
                 "toolpost/serve/chat.py",
             ),
             "toolpost.serve.chat.Job": ("serve/chat.html#job", "toolpost/serve/chat.py"),
+            "toolpost.serve.chat.Job.callable": (
+                "serve/chat.html#job.callable",
+                "toolpost/serve/chat.py",
+            ),
             "toolpost.serve.chat.Judgement": (
                 "serve/chat.html#judgement",
                 "toolpost/serve/chat.py",
@@ -3042,6 +3050,10 @@ d = {
                 "serve/gateway.html#_event",
                 "toolpost/serve/gateway.py",
             ),
+            "toolpost.serve.gateway._explained": (
+                "serve/gateway.html#_explained",
+                "toolpost/serve/gateway.py",
+            ),
             "toolpost.serve.gateway._gone": (
                 "serve/gateway.html#_gone",
                 "toolpost/serve/gateway.py",
@@ -3064,10 +3076,6 @@ d = {
             ),
             "toolpost.serve.gateway._streamed": (
                 "serve/gateway.html#_streamed",
-                "toolpost/serve/gateway.py",
-            ),
-            "toolpost.serve.gateway._whole": (
-                "serve/gateway.html#_whole",
                 "toolpost/serve/gateway.py",
             ),
             "toolpost.serve.gateway._whole_answer": (

@@ -445,17 +445,17 @@ Key = Annotated[str, typer.Option("--api-key", envvar="TOOLPOST_API_KEY", help="
 Answer = Annotated[int, typer.Option("--max-tokens", min=1, help="Of one turn.")]
 
 
-# %% ../nbs/03_cli.ipynb #965186ad
+# %% ../nbs/03_cli.ipynb #2c62a8ec
 @contextlib.contextmanager
 def _endpoint(model: str, base_url: str, name: str) -> Iterator[tuple[str, str]]:
     from toolpost.serve.gateway import Gateway
     from toolpost.serve.server import Server, Vllm
     from toolpost.serve.serving import end_politely, find_engine, find_model
 
+    end_politely()
     if base_url:
         yield base_url, model
         return
-    end_politely()
     folder, served = find_model(model)
     log = ROOT / "runs" / name / f"{served}.log"
     _say(f"serving {served} for this; its log is {log}")
@@ -531,7 +531,7 @@ def ask(
     raise typer.Exit(0 if result.outcome is Outcome.ANSWERED else 1)
 
 
-# %% ../nbs/03_cli.ipynb #aa7d623a
+# %% ../nbs/03_cli.ipynb #b8b7f496
 @agent.command("eval")
 def evaluate(
     model: Served = "pocket",
@@ -540,6 +540,7 @@ def evaluate(
     tasks: Annotated[int, typer.Option(min=0, help="Of all kinds in turn; 0: all.")] = 0,
     clients: Annotated[int, typer.Option(min=1, help="Tasks at once.")] = 16,
     steps: Annotated[int, typer.Option(min=1, help="Turns of the model for a task.")] = 8,
+    total_seconds: Annotated[float, typer.Option(min=0.1, help="For a task.")] = 120,
     max_tokens: Answer = 256,
     traces: Annotated[Path | None, typer.Option(help="A folder; runs/agent/eval if none.")] = None,
 ) -> None:
@@ -556,7 +557,10 @@ def evaluate(
     from toolpost.serve.server import ServerError
 
     folder = traces or ROOT / "runs" / "agent" / "eval"
-    how: dict[str, Any] = {"max_tokens": max_tokens, "limits": Limits(steps=steps)}
+    how: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "limits": Limits(steps=steps, total_s=total_seconds),
+    }
     how |= {"clients": clients, "api_key": api_key}
     with (
         _messages(
@@ -588,7 +592,7 @@ def replay(
     _say(f"{len(found)} of {len(found)} play again to the same end")
 
 
-# %% ../nbs/03_cli.ipynb #8cc38e53
+# %% ../nbs/03_cli.ipynb #0a3caffd
 @app.command()
 def mcp(
     folder: Annotated[
@@ -597,10 +601,10 @@ def mcp(
 ) -> None:
     """Offer the agent's tools as an MCP server, over standard input and output."""
     from toolpost.serve.mcp import serve_mcp
-    from toolpost.serve.toolbox import ToolboxError
-    from toolpost.serve.tools import DESK
+    from toolpost.serve.tools import DESK, DeskError, desk_tools
 
-    with _messages(ToolboxError, again="the same command starts again"):
+    with _messages(DeskError, again="the same command starts again"):
+        desk_tools(folder or DESK)  # what is wrong with it is said here, not to a client
         serve_mcp(folder or DESK)
 
 

@@ -201,8 +201,10 @@ class Staged:
         return await self._inner.call(name, arguments, timeout_s)
 
 
-# %% ../../nbs/bench/07_agent.ipynb #63f3b70e
-_NUMBER: Final = re.compile(r"(?<![\w.,-])-?\d[\d,]*(?:\.\d+)?(?!\d|-\d|[.,]\d)")
+# %% ../../nbs/bench/07_agent.ipynb #9fabdce7
+_NUMBER: Final = re.compile(
+    r"(?<![\w.-])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?!\d|-\d|\.\d)"
+)
 _WORDS: Final = (
     *("zero", "-", "two", "three", "four", "five", "six"),
     *("seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -384,7 +386,13 @@ async def evaluate(
     return [task.result() for task in running]
 
 
-# %% ../../nbs/bench/07_agent.ipynb #ae85a89e
+# %% ../../nbs/bench/07_agent.ipynb #ba6aa1f0
+def _unasked(result: Result) -> bool:
+    """Tell whether a run says nothing about its model: the endpoint failed, or never replied."""
+    never = result.outcome is Outcome.TIME and not result.steps
+    return never or result.outcome is Outcome.UNREACHABLE
+
+
 async def measure(
     tasks: Sequence[Task],
     base_url: str,  # of a chat endpoint, with /v1
@@ -410,7 +418,7 @@ async def measure(
         played = await evaluate(
             tasks, lambda _: ask, workers, traces, limits=limits, clients=clients, model=model
         )
-    lost = [one.id for one in played if one.result.outcome is Outcome.UNREACHABLE]
+    lost = [one.id for one in played if _unasked(one.result)]
     if lost:
         raise EndpointError(
             f"{base_url}: no reply in {len(lost)} of {len(tasks)} tasks; "

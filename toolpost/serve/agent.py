@@ -508,7 +508,7 @@ def _fingerprint(messages: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
 
 
-# %% ../../nbs/serve/10_agent.ipynb #846c6bce
+# %% ../../nbs/serve/10_agent.ipynb #e666ddcc
 def _steps(start: Started, note: Record) -> Generator[Want, Got, tuple[Outcome, str]]:
     """Go round until there is an answer or a bound is met."""
     tools, limits, memory = {t.name: t for t in start.tools}, start.limits, Memory()
@@ -520,6 +520,8 @@ def _steps(start: Started, note: Record) -> Generator[Want, Got, tuple[Outcome, 
     for step in range(1, limits.steps + 1):
         reply = yield Asking(list(messages))
         assert isinstance(reply, Reply)
+        kept = reply.calls[: limits.calls + 1]  # one too many is enough to say so
+        reply = reply.model_copy(update={"calls": kept})
         note(Replied(step=step, prompt=_fingerprint(messages), reply=reply))
         if reply.finish_reason == "length":
             return Outcome.TRUNCATED, ""

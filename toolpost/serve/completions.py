@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = [
     "CompletionRequest",
+    "StopText",
     "StreamOptions",
     "error_body",
     "event",
@@ -45,9 +46,12 @@ __all__ = [
     "usage_of",
 ]
 
-# %% ../../nbs/serve/02_completions.ipynb #d965b785
+# %% ../../nbs/serve/02_completions.ipynb #4ed1b12e
 _ONE_PROMPT: Final = "one string is wanted; send each prompt of a list as a request of its own"
 _GREEDY: Final = "only greedy decoding is served, so 0 to 0.01"
+
+
+StopText = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class StreamOptions(BaseModel):
@@ -67,7 +71,7 @@ class CompletionRequest(BaseModel):
     prompt: Annotated[str, Field(min_length=1, max_length=1_000_000)]
     max_tokens: Annotated[int, Field(ge=1)] = 16  # the protocol's default
     temperature: float | None = None  # None is greedy too
-    stop: str | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: StopText | list[StopText] | None = None
     stop_token_ids: list[int] | None = None
     skip_special_tokens: bool = True
     n: Literal[1] = 1
@@ -143,15 +147,17 @@ def to_task(
     )
 
 
-# %% ../../nbs/serve/02_completions.ipynb #e786fca6
+# %% ../../nbs/serve/02_completions.ipynb #52a76cea
 def to_answer(
     model: str,
     text: str,  # the whole, or the part that is new
     finish_reason: str | None,  # None: it goes on
     usage: Mapping[str, int] | None,
+    stop_text: str | None = None,  # what ended it
 ) -> dict[str, Any]:
     """Write a completion, or a part of a streamed one, the way the protocol does."""
     choice = {"index": 0, "text": text, "finish_reason": finish_reason, "logprobs": None}
+    choice["stop_reason"] = stop_text  # as vLLM names it
     return {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -206,7 +212,7 @@ def make_app(
     return app
 
 
-# %% ../../nbs/serve/02_completions.ipynb #9d855f27
+# %% ../../nbs/serve/02_completions.ipynb #691cf755
 async def _leave(request: Request, gone: threading.Event) -> None:
     """Set `gone` when the client has gone."""
     while not await request.is_disconnected():
@@ -223,7 +229,9 @@ async def _complete(engine: Engine, asked: CompletionRequest, request: Request) 
     finally:
         leaving.cancel()
     usage = usage_of(len(prompt), done)
-    return JSONResponse(to_answer(asked.model, done.text, done.finish_reason, usage))
+    return JSONResponse(
+        to_answer(asked.model, done.text, done.finish_reason, usage, done.stop_text)
+    )
 
 
 # %% ../../nbs/serve/02_completions.ipynb #823b4cf7
@@ -246,7 +254,7 @@ async def _stream(engine: Engine, asked: CompletionRequest, _: Request) -> Respo
     )
 
 
-# %% ../../nbs/serve/02_completions.ipynb #981ea14f
+# %% ../../nbs/serve/02_completions.ipynb #1d3365d0
 async def _events(
     asked: CompletionRequest,
     prompt_tokens: int,
@@ -264,7 +272,8 @@ async def _events(
             yield event(error_body(503, str(problem)))
             return
         done = future.result()
-        yield event(to_answer(asked.model, done.text[sent:], done.finish_reason, None))
+        rest = done.text[sent:]
+        yield event(to_answer(asked.model, rest, done.finish_reason, None, done.stop_text))
         if asked.stream_options.include_usage:
             last = to_answer(asked.model, "", None, usage_of(prompt_tokens, done))
             yield event(last | {"choices": []})

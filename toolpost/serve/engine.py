@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-# %% ../../nbs/serve/01_engine.ipynb #f5d77f8d
+# %% ../../nbs/serve/01_engine.ipynb #f7a98b06
 @dataclass(frozen=True)
 class Task:
     """One prompt to be completed greedily."""
@@ -61,6 +61,7 @@ class Completion:
     text: str
     finish_reason: str  # "stop" or "length"
     tokens: int  # generated, the end token included
+    stop_text: str | None = None  # the stop text that ended it
 
 
 # %% ../../nbs/serve/01_engine.ipynb #839616eb
@@ -260,7 +261,7 @@ def _check_halt(halt: threading.Event) -> None:
         raise EngineStoppedError("the server is shutting down")
 
 
-# %% ../../nbs/serve/01_engine.ipynb #050ac5fa
+# %% ../../nbs/serve/01_engine.ipynb #93465f10
 @dataclass
 class _Row:
     at: int  # the task's place in the batch
@@ -275,8 +276,9 @@ class _Row:
             return self._answer(self._text(self.ids[:-1]), "stop")
         if self.task.stop:
             text = self._text(self.ids)
-            if cuts := [at for s in self.task.stop if (at := text.find(s)) >= 0]:
-                return self._answer(text[: min(cuts)], "stop")
+            if cuts := [(at, stop) for stop in self.task.stop if (at := text.find(stop)) >= 0]:
+                at, stop = min(cuts)
+                return Completion(text[:at], "stop", len(self.ids), stop)
         if len(self.ids) >= self.task.max_tokens:
             return self._answer(self._text(self.ids), "length")
         if self.task.gone is not None and self.task.gone.is_set():

@@ -135,7 +135,7 @@ async def _call_tool(
         return Observation(status="error", text=f"{name} failed ({type(problem).__name__})")
 
 
-# %% ../../nbs/serve/09_mcp.ipynb #3e190f3a
+# %% ../../nbs/serve/09_mcp.ipynb #03df0572
 class McpTools:
     """The tools of an MCP server; an async context manager and a `Toolbox`."""
 
@@ -167,7 +167,11 @@ class McpTools:
             place = self.server if web else _pipes(self.server)
             client = Client(place, read_timeout_seconds=_STARTING)
             self._client = await self._exits.enter_async_context(client)
-            listed = [harmless_spec(tool) for tool in await _list_tools(self._client)]
+            async with asyncio.timeout(_STARTING):
+                listed = [harmless_spec(tool) for tool in await _list_tools(self._client)]
+            self._specs = {spec.name: spec for spec in listed if spec}
+            if not self._specs:
+                raise ValueError(f"none of its {len(listed)} tools can be used")
         except Exception as problem:  # whatever a foreign program does wrong
             await self._exits.aclose()
             raise McpError(
@@ -177,7 +181,6 @@ class McpTools:
         except BaseException:
             await self._exits.aclose()
             raise
-        self._specs = {spec.name: spec for spec in listed if spec}
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -81,10 +81,12 @@ class Trace(Frozen):
         return self.lines[-1].at - self.lines[0].at
 
 
-# %% ../../nbs/serve/11_trace.ipynb #2ffe3674
+# %% ../../nbs/serve/11_trace.ipynb #53e45c36
 def _cut_torn(fd: int) -> None:
     """Cut what follows the last line break of a file."""
     end = size = os.fstat(fd).st_size
+    if not size or os.pread(fd, 1, size - 1) == b"\n":
+        return
     while end:
         begin = max(end - 65536, 0)
         if (found := os.pread(fd, end - begin, begin).rfind(b"\n")) >= 0:
@@ -95,7 +97,7 @@ def _cut_torn(fd: int) -> None:
         os.ftruncate(fd, end)
 
 
-# %% ../../nbs/serve/11_trace.ipynb #2b636fbb
+# %% ../../nbs/serve/11_trace.ipynb #c58d06ed
 class TraceFile:
     """Appends the events of one run to a file; call it with each."""
 
@@ -105,12 +107,9 @@ class TraceFile:
         self._fd = -1
 
     def __enter__(self) -> Self:
-        """Open the file, and repair it if a killed process left it torn."""
+        """Open the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        _cut_torn(self._fd)
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
         return self
 
     def __exit__(
@@ -132,6 +131,7 @@ class TraceFile:
         data = json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         fcntl.flock(self._fd, fcntl.LOCK_EX)
         try:
+            _cut_torn(self._fd)  # another process may have been killed while it wrote
             if os.write(self._fd, data) < len(data):
                 _cut_torn(self._fd)
                 raise OSError(f"{self.path}: no room for a line of {len(data):,} bytes")
