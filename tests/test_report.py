@@ -34,7 +34,7 @@ from toolpost.core.metrics import METRICS, Count, Grade, row_cluster, tally
 from toolpost.core.schema import Conversation, ToolCall, ToolSpec
 from toolpost.core.stats import Difference, Group, Interval, difference, interval, wilson
 from toolpost.record import PACKAGE, ROOT
-from toolpost.report import charts, page, tables
+from toolpost.report import charts, page, serving, tables
 
 STAGE = ROOT / "nbs" / "stages" / "80_report.ipynb"
 HOSTILE = "<script>alert('x')</script> & <img src=http://evil.test/x.png onerror=run()>"
@@ -765,7 +765,10 @@ def test_the_same_run_gives_the_same_page(executed: Path, html: str, tmp_path: P
 def test_the_stage_leaves_its_own_result(executed: Path) -> None:
     written = json.loads((executed.parent / "results" / "80_report.json").read_text())
     stages = ("10_anchors", "20_data", "30_sft", "60_eval")
-    assert set(written["inputs"]) == {f"report/results/{stage}.json" for stage in stages}
+    results = {f"report/results/{stage}.json" for stage in stages}
+    measured = [p for p in (*serving.FILES.values(), serving.SOAK) if p.is_file()]
+    benchmarks = {str(path.relative_to(ROOT)) for path in measured}
+    assert set(written["inputs"]) == results | benchmarks
     assert written["result"]["groups"]["base"].keys() == {"Non-Live", "Irrelevance", "Must call"}
 
 
