@@ -2574,6 +2574,10 @@ d = {
                 "serve/chat.html#chatrequest",
                 "toolpost/serve/chat.py",
             ),
+            "toolpost.serve.chat.ChatRequest.stops": (
+                "serve/chat.html#chatrequest.stops",
+                "toolpost/serve/chat.py",
+            ),
             "toolpost.serve.chat.ClientTool": (
                 "serve/chat.html#clienttool",
                 "toolpost/serve/chat.py",
@@ -2773,6 +2777,10 @@ d = {
             ),
             "toolpost.serve.completions.to_task": (
                 "serve/completions.html#to_task",
+                "toolpost/serve/completions.py",
+            ),
+            "toolpost.serve.completions.until_gone": (
+                "serve/completions.html#until_gone",
                 "toolpost/serve/completions.py",
             ),
             "toolpost.serve.completions.usage_of": (
@@ -3046,20 +3054,16 @@ d = {
                 "serve/gateway.html#_body",
                 "toolpost/serve/gateway.py",
             ),
-            "toolpost.serve.gateway._event": (
-                "serve/gateway.html#_event",
-                "toolpost/serve/gateway.py",
-            ),
             "toolpost.serve.gateway._explained": (
                 "serve/gateway.html#_explained",
                 "toolpost/serve/gateway.py",
             ),
-            "toolpost.serve.gateway._gone": (
-                "serve/gateway.html#_gone",
-                "toolpost/serve/gateway.py",
-            ),
             "toolpost.serve.gateway._named": (
                 "serve/gateway.html#_named",
+                "toolpost/serve/gateway.py",
+            ),
+            "toolpost.serve.gateway._new_text": (
+                "serve/gateway.html#_new_text",
                 "toolpost/serve/gateway.py",
             ),
             "toolpost.serve.gateway._refusal": (
@@ -3449,6 +3453,10 @@ d = {
             ),
             "toolpost.serve.toolbox.load_tools": (
                 "serve/toolbox.html#load_tools",
+                "toolpost/serve/toolbox.py",
+            ),
+            "toolpost.serve.toolbox.no_tool": (
+                "serve/toolbox.html#no_tool",
                 "toolpost/serve/toolbox.py",
             ),
             "toolpost.serve.toolbox.observe": (

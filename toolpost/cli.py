@@ -445,9 +445,9 @@ Key = Annotated[str, typer.Option("--api-key", envvar="TOOLPOST_API_KEY", help="
 Answer = Annotated[int, typer.Option("--max-tokens", min=1, help="Of one turn.")]
 
 
-# %% ../nbs/03_cli.ipynb #2c62a8ec
+# %% ../nbs/03_cli.ipynb #5f1c56ee
 @contextlib.contextmanager
-def _endpoint(model: str, base_url: str, name: str) -> Iterator[tuple[str, str]]:
+def _endpoint(model: str, base_url: str) -> Iterator[tuple[str, str]]:
     from toolpost.serve.gateway import Gateway
     from toolpost.serve.server import Server, Vllm
     from toolpost.serve.serving import end_politely, find_engine, find_model
@@ -457,7 +457,7 @@ def _endpoint(model: str, base_url: str, name: str) -> Iterator[tuple[str, str]]
         yield base_url, model
         return
     folder, served = find_model(model)
-    log = ROOT / "runs" / name / f"{served}.log"
+    log = ROOT / "runs" / "agent" / f"{served}.log"
     _say(f"serving {served} for this; its log is {log}")
     with (
         Server(folder, served, engine=find_engine("auto", Vllm()), log=log) as behind,
@@ -466,7 +466,7 @@ def _endpoint(model: str, base_url: str, name: str) -> Iterator[tuple[str, str]]
         yield gateway.base_url, served
 
 
-# %% ../nbs/03_cli.ipynb #71290d02
+# %% ../nbs/03_cli.ipynb #2e6f649c
 @agent.command()
 def ask(
     task: Annotated[str, typer.Argument(help="What it is to do.")],
@@ -524,14 +524,14 @@ def ask(
     wrong = (ModelFolderError, ServerError, ToolboxError, McpError)
     with (
         _messages(*wrong, again="the same command starts again"),
-        _endpoint(model, base_url, "agent") as there,
+        _endpoint(model, base_url) as there,
     ):
         result = asyncio.run(run(*there))
     _say(f"the trace is {file}")
     raise typer.Exit(0 if result.outcome is Outcome.ANSWERED else 1)
 
 
-# %% ../nbs/03_cli.ipynb #b8b7f496
+# %% ../nbs/03_cli.ipynb #6123ec32
 @agent.command("eval")
 def evaluate(
     model: Served = "pocket",
@@ -566,7 +566,7 @@ def evaluate(
         _messages(
             ModelFolderError, ServerError, EndpointError, again="the same command starts again"
         ),
-        _endpoint(model, base_url, "agent") as (address, name),
+        _endpoint(model, base_url) as (address, name),
     ):
         played = asyncio.run(measure(spread(load_tasks(), tasks), address, name, folder, **how))
     Console(file=sys.stdout).print(to_rich(card(name, summary(played))))

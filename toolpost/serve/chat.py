@@ -196,7 +196,7 @@ class NamedChoice(Wire):
     function: FunctionName
 
 
-# %% ../../nbs/serve/05_chat.ipynb #9f66e1a2
+# %% ../../nbs/serve/05_chat.ipynb #12eecd06
 class StreamOptions(Wire):
     """How a streamed answer ends."""
 
@@ -241,6 +241,11 @@ class ChatRequest(Wire):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop texts, however they were sent."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
 
 # %% ../../nbs/serve/05_chat.ipynb #e45ccad4
@@ -367,7 +372,7 @@ def dialogue(asked: ChatRequest) -> list[Message]:
     return turns
 
 
-# %% ../../nbs/serve/05_chat.ipynb #0718ccf6
+# %% ../../nbs/serve/05_chat.ipynb #ba1ed4cf
 class Job(NamedTuple):
     """What an engine is asked."""
 
@@ -409,7 +414,7 @@ def to_job(
     begun = _begun(asked, tools)
     if asked.tool_choice == "none":
         tools = {}
-    for text in [asked.stop] if isinstance(asked.stop, str) else asked.stop or ():
+    for text in asked.stops:
         _check_text(text, "stop")
     prompt = render_prompt(turns, [bare(tool) for tool in tools.values()])
     named = asked.tool_choice.function.name if isinstance(asked.tool_choice, NamedChoice) else ""

@@ -43,6 +43,7 @@ __all__ = [
     "make_app",
     "to_answer",
     "to_task",
+    "until_gone",
     "usage_of",
 ]
 
@@ -212,11 +213,15 @@ def make_app(
     return app
 
 
-# %% ../../nbs/serve/02_completions.ipynb #691cf755
-async def _leave(request: Request, gone: threading.Event) -> None:
-    """Set `gone` when the client has gone."""
+# %% ../../nbs/serve/02_completions.ipynb #cf335848
+async def until_gone(request: Request) -> None:
+    """Wait until the client has gone."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.1)
+
+
+async def _leave(request: Request, gone: threading.Event) -> None:
+    await until_gone(request)
     gone.set()
 
 
