@@ -250,7 +250,7 @@ def writing(case: Case, model: Any) -> Callable[[], None]:
 
     tokenizer = load_tokenizer(POCKET)  # its ids are a part of the real vocabulary
     group = case.group if case.stage == "grpo sampling" else 1
-    prompts = [" the" * case.prompt] * max(1, case.size // group)  # a token a word
+    prompts = ["0" * case.prompt] * max(1, case.size // group)  # a token a digit
 
     def step() -> None:
         sample(model, tokenizer, prompts, group, 1.0, case.completion, case.seed, batch=case.size)
@@ -264,7 +264,7 @@ def merging(case: Case, model: Any) -> Callable[[], None]:
     from toolpost.train.models import POCKET, load_tokenizer
 
     tokenizer = load_tokenizer(POCKET)
-    probe = {"prompt": " the" * case.prompt, "completion": " the" * case.completion}
+    probe = {"prompt": "0" * case.prompt, "completion": "0" * case.completion}
 
     def step() -> None:
         for piece in pieces(model).values():

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from practice import short_rows
 
 import toolpost.train.stack as stack_module
 from toolpost.core.pairs import ASSUMED, perturbed, texts_of
-from toolpost.data.build import conversations, items, training_rows
-from toolpost.data.pocketset import rows as practice_rows
+from toolpost.data.build import training_rows
 from toolpost.train.dpo import DpoPlan, train_dpo
 from toolpost.train.loop import Announce
 from toolpost.train.models import ModelSpec
@@ -98,7 +98,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
 def sft(out: Path, moment: str, said: Path, plan: SftPlan = SFT) -> None:
     """Train SFT on a few practice rows, and die at a moment."""
     MOMENTS[moment]()
-    texts = training_rows(conversations(items("practice", practice_rows(24, 0))))
+    texts = training_rows(short_rows(24))
     with said.open("a", encoding="utf-8") as file:
         train_sft(ModelSpec(), texts, texts[:2], plan, out, say=lambda x: print(x, file=file))
 
@@ -106,7 +106,7 @@ def sft(out: Path, moment: str, said: Path, plan: SftPlan = SFT) -> None:
 def dpo(out: Path, moment: str, said: Path, below: Path) -> None:
     """Train DPO on a few perturbed pairs, and die at a moment."""
     MOMENTS[moment]()
-    rows = conversations(items("practice", practice_rows(40, 0)))
-    texts = [texts_of(pair)._asdict() for pair in perturbed(rows, ASSUMED, 20, 0).pairs]
+    pairs = perturbed(short_rows(40), ASSUMED, 20, 0).pairs
+    texts = [texts_of(pair)._asdict() for pair in pairs]
     with said.open("a", encoding="utf-8") as file:
         train_dpo(ModelSpec(), [below], texts, DPO, out, lambda x: print(x, file=file))

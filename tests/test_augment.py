@@ -25,11 +25,13 @@ from toolpost.core.augment import (
     masked,
     renamed,
 )
-from toolpost.core.format import prompt_of, wrap
+from toolpost.core.format import END, prompt_of, wrap
 from toolpost.core.schema import Conversation, Message, ToolCall, ToolSpec
 from toolpost.core.toolace import normalize_toolace
 from toolpost.core.verify import verify_call, verify_calls
 from toolpost.core.xlam import normalize_xlam
+from toolpost.data.build import conversations as read_rows
+from toolpost.data.build import items
 from toolpost.data.pocketset import rows as practice_rows
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -40,8 +42,7 @@ SOURCES = ("practice", "xlam", "toolace")
 def conversations(source: str) -> tuple[Conversation, ...]:
     """Give the rows of a source; the real ones are not in the repository."""
     if source == "practice":
-        done = [normalize_xlam(row, at) for at, row in enumerate(practice_rows(1500, 0))]
-        return tuple(row for found in done for row in found.conversations)
+        return tuple(read_rows(items("practice", practice_rows(1500, 0))))
     path = SHARED / f"{source}_rows.json"
     if not path.is_file():
         pytest.skip(f"the real rows are not at {path}")
@@ -84,8 +85,28 @@ def test_a_rows_draw_is_its_own() -> None:
     assert len({draw(one, 1), *(draw(other, 0) for other in [one, *others])}) == 5
 
 
+def test_rows_with_the_same_tools_are_masked_and_wrapped_alike() -> None:
+    one = row("Rain?", CALL, WEATHER, PRICE)
+    for other in (one.model_copy(update=change) for change in ({"id": 2}, {"step": 1})):
+        assert draw(one, 0)[2:] == draw(other, 0)[2:]
+        assert not set(draw(one, 0)[:2]) & set(draw(other, 0)[:2])
+        hidden, also = masked(one, 0), masked(other, 0)
+        assert hidden
+        assert also
+        assert hidden.tools == also.tools
+    other = row("Rain?", CALL, WEATHER)
+    assert draw(one, 0)[:2] == draw(other, 0)[:2]
+    assert not set(draw(one, 0)[2:]) & set(draw(other, 0)[2:])
+
+
 def test_the_purposes_are_drawn_apart() -> None:
-    rows = [row("Rain?", CALL, WEATHER).model_copy(update={"id": at}) for at in range(4000)]
+    tools = [tool(f"get_{at}", "Look up the weather of a city.", "city") for at in range(4000)]
+    rows = [
+        row("Rain?", ToolCall(name=one.name, arguments={"city": "Lima"}), one).model_copy(
+            update={"id": at}
+        )
+        for at, one in enumerate(tools)
+    ]
     draws = [draw(one, 0) for one in rows]
     assert all(0 <= value < 1 for found in draws for value in found)
     for a in range(4):
@@ -119,6 +140,19 @@ def test_what_was_done_is_said(source: str) -> None:
         assert (kinds == ()) == (after == one)
         assert verify_calls(after.gold_calls, after.tools).ok
         assert after.gold_calls or after.answer
+
+
+def test_rows_that_begin_alike_still_do() -> None:
+    """Training shares the pass over the tools on offer."""
+    beginnings, served = dict[str, str](), Counter[str]()
+    for one in conversations("practice"):
+        before, after = (
+            prompt_of(made).split(END)[0]
+            for made in (one, augmented(one, Recipe(masked=1 / 3, wrapped=0.5)).row)
+        )
+        served[before] += 1
+        assert beginnings.setdefault(before, after) == after
+    assert sum(beginnings[before] != before for before in served if served[before] > 1) > 100
 
 
 # Abstaining

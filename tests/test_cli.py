@@ -12,12 +12,12 @@ from typing import Any
 
 import psutil
 import pytest
+from practice import xlam_rows
 from typer.testing import CliRunner
 
 from toolpost.bench import harness
 from toolpost.cli import app
 from toolpost.core.schema import Conversation
-from toolpost.data.pocketset import rows as practice_rows
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.exists(), reason=f"no real rows at {SHARED.name}")
@@ -61,7 +61,7 @@ def test_normalize_prints_one_object_and_writes_every_row(
 
 
 def test_a_relative_file_is_found_where_the_user_stands(tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps(practice_rows(30, 0)), encoding="utf-8")
+    (tmp_path / "rows.json").write_text(json.dumps(xlam_rows(30)), encoding="utf-8")
     done = toolpost("normalize", "--source", "xlam", "rows.json", "--num-proc", 2, cwd=tmp_path)
     assert json.loads(done.stdout)["kept"] == 30
     assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
@@ -178,7 +178,7 @@ def running(group: int) -> list[str]:
 
 @pytest.mark.parametrize("after", [0.5, 0.7, 1.0, 2.0])
 def test_ctrl_c_stops_all_processes_with_one_line(after: float, tmp_path: Path) -> None:
-    row = json.dumps(practice_rows(1, 0)[0])
+    row = json.dumps(xlam_rows(1)[0])
     with (tmp_path / "rows.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(row + "\n" for _ in range(300_000))
     command = [str(Path(sys.executable).with_name("toolpost")), "normalize", "--source", "xlam"]

@@ -30,7 +30,7 @@ from toolpost.data.build import (
     training_rows,
 )
 from toolpost.data.pocketset import rows as practice_rows
-from toolpost.data.sources import stream_rows
+from toolpost.data.sources import sniff, stream_rows
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 FILES = {"xlam": SHARED / "xlam_rows.json", "toolace": SHARED / "toolace_rows.json"}
@@ -167,9 +167,17 @@ def test_every_practice_row_is_accounted_for(tmp_path: Path) -> None:
     account = build(items("practice", made), Recipe(), tmp_path, (0.1, 0.1))
     assert account.rows == 502 == account.kept + account.quarantined.total()
     assert {"bad_row", "missing_key"} <= set(account.quarantined)
-    queries = [query_identity(r.query) for name in SPLITS for r in read_split(tmp_path, name)]
-    assert len(queries) == len(set(queries)) == account.kept
-    rows = training_rows(read_split(tmp_path, "train"))
+    splits = {name: read_split(tmp_path, name) for name in SPLITS}
+    assert {name: len(found) for name, found in splits.items()} == account.conversations
+    found = [row for split in splits.values() for row in split]
+    assert len({row.id for row in found}) == account.kept < len(found)  # dialogues have several
+    openings = {query_identity(row.query) for row in found if not row.history}
+    assert len(openings) == account.kept
+    for one, other in (("train", "test"), ("train", "dev"), ("dev", "test")):
+        left, right = ({key for row in splits[s] for key in identities(row)} for s in (one, other))
+        assert left
+        assert not left & right
+    rows = training_rows(splits["train"])
     assert all(row["completion"].endswith("<|im_end|>") for row in rows)
 
 
@@ -203,9 +211,12 @@ def test_a_row_that_shares_nothing_is_placed_whatever_came_before(seed: int) -> 
 
 
 def test_text_that_no_file_can_hold_is_refused() -> None:
-    row = next(iter(practice_rows(1, 0))) | {"query": "Rain in \ud800?"}
-    account = normalize_rows(items("practice", [row]))
-    assert account.quarantined == {"bad_unicode": 1}
+    made, text = practice_rows(40, 0), "Rain in \ud800?"
+    xlam = next(row for row in made if sniff(row) == "xlam") | {"query": text}
+    toolace = next(row for row in made if sniff(row) == "toolace")
+    toolace["conversations"][0]["value"] = text
+    account = normalize_rows(items("practice", [xlam, toolace]))
+    assert account.quarantined == {"bad_unicode": 2}
 
 
 def test_a_failed_build_leaves_no_half_files(tmp_path: Path) -> None:

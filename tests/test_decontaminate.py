@@ -24,6 +24,7 @@ from toolpost.core.decontaminate import (
 )
 from toolpost.core.schema import Conversation, Message, ToolCall, ToolSpec
 from toolpost.core.xlam import normalize_xlam
+from toolpost.data.build import conversations, items
 from toolpost.data.pocketset import rows as practice_rows
 
 XLAM = Path(__file__).parents[1].parent / "shared" / "data" / "xlam_rows.json"
@@ -111,8 +112,9 @@ def test_every_planted_tool_is_found(index: Benchmark) -> None:
 
 
 def test_the_practice_set_is_clean(index: Benchmark) -> None:
-    for at, raw in enumerate(practice_rows(2400, 0)):
-        (kept,) = normalize_xlam(raw, at).conversations
+    found = conversations(items("practice", practice_rows(2400, 0)))
+    assert {kept.id for kept in found} == set(range(2400))
+    for kept in found:
         assert contamination(kept, index) is None, kept.query
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 import pytest
 import torch
 from datasets import Dataset
+from practice import in_one_table
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
@@ -38,6 +39,7 @@ from toolpost.train.stack import stack
 REAL: Final = Path(__file__).parents[2] / "shared" / "data" / "xlam_rows.json"
 END: Final = "<|im_end|>"
 START: Final = "<|im_start|>"
+IDS: Final = len(load_tokenizer(POCKET))
 Change = Callable[[Path], None]
 
 
@@ -75,14 +77,17 @@ def findings(folder: Path) -> dict[str, Finding]:
     return {finding.name: finding for finding in diagnose(folder).findings}
 
 
-def test_the_pocket_model_has_the_faults_of_a_base_and_no_other() -> None:
+def test_the_pocket_model_has_the_faults_of_a_base_and_no_other(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     diagnosis = diagnose(POCKET)
     assert {f.name for f in diagnosis.findings} == {"token rows", "eos"}
     assert all(f.blocks and f.by_sft for f in diagnosis.findings)
     assert [row.token for row in diagnosis.rows if row.untrained] == list(PROTOCOL)
     assert diagnosis.exit_code == 1
     require_healthy(diagnosis)  # sft repairs both
-    with pytest.raises(UnhealthyError, match=r"token rows: untrained.*eos: .*8168"):
+    end = protocol_ids(tokenizer)[END]
+    with pytest.raises(UnhealthyError, match=rf"token rows: untrained.*eos: .*: {end}\b"):
         require_healthy(diagnosis, repairs=False)
 
 
@@ -140,15 +145,21 @@ def normalizer(name: str) -> Change:
 
 JINJA = "chat_template.jinja"
 OPENING = "{{- '<|im_start|>assistant\\n' }}"
-BEFORE = {
-    "type": "TemplateProcessing",
-    "single": [
-        {"SpecialToken": {"id": START, "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-    ],
-    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-    "special_tokens": {START: {"id": START, "ids": [8167], "tokens": [START]}},
-}
+
+
+def opened(folder: Path) -> None:
+    """Put a token before every text."""
+    single, pair = ([{"Sequence": {"id": name, "type_id": 0}} for name in ab] for ab in ("A", "AB"))
+    at = protocol_ids(load_tokenizer(folder))[START]
+    before = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": START, "type_id": 0}}, *single],
+        "pair": pair,
+        "special_tokens": {START: {"id": START, "ids": [at], "tokens": [START]}},
+    }
+    edit("tokenizer.json", post_processor=before)(folder)
+
+
 FAULTS = {
     "config eos": ("eos", edit("config.json", eos_token_id=3)),
     "no config eos": ("eos", edit("config.json", eos_token_id=None)),
@@ -173,7 +184,7 @@ FAULTS = {
     "lowers letters": ("tokenizer", normalizer("Lowercase")),
     "takes the line break": ("tokenizer", token("<tool_call>", rstrip=True)),
     "only whole words": ("tokenizer", token("<|im_end|>", single_word=True)),
-    "adds a token": ("tokenizer", edit("tokenizer.json", post_processor=BEFORE)),
+    "adds a token": ("tokenizer", opened),
     "says untied": ("tied", edit("config.json", tie_word_embeddings=False)),
 }
 
@@ -291,7 +302,7 @@ def test_only_rows_are_read(sound: Path, tmp_path: Path) -> None:
 # The rule, on matrices of many kinds.
 
 
-def random_model(seed: int, hidden: int = 64, rows: int = 8192, **config: Any) -> Qwen3ForCausalLM:
+def random_model(seed: int, hidden: int = 64, rows: int = IDS, **config: Any) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     made = Qwen3ForCausalLM(
         Qwen3Config(
@@ -364,7 +375,8 @@ def uneven(table: torch.Tensor, new: list[int]) -> None:
 
 def rarely_seen(table: torch.Tensor, new: list[int]) -> None:  # noqa: ARG001
     """A tenth of the ordinary tokens was never seen either."""
-    table[:800] = 0.3 * direction(table) + 0.01 * torch.randn(800, table.shape[1])
+    rare = table[: len(table) // 10]
+    rare.copy_(0.3 * direction(table) + 0.01 * torch.randn(rare.shape))
 
 
 UNTRAINED = (short, initial, zero, mean, long)
@@ -382,9 +394,9 @@ def test_the_rule_neither_misses_nor_cries_wolf(
     hidden: int,
     seed: int,
 ) -> None:
-    model = random_model(seed, hidden, 8192 + padding)
+    model = random_model(seed, hidden, IDS + padding)
     table = embedding(model)
-    new = [*tokenizer.get_added_vocab().values(), *range(8192, 8192 + padding)]
+    new = [*tokenizer.get_added_vocab().values(), *range(IDS, IDS + padding)]
     with torch.no_grad():
         kind(table, sorted(new))
     sick = [row.token for row in examine(model, tokenizer) if row.untrained]
@@ -398,14 +410,14 @@ def test_a_row_that_lies_on_padding_is_untrained_and_others_are_not(
     tokenizer: PreTrainedTokenizerBase, padding: int
 ) -> None:
     """Rows of ordinary length, one of them the padding's, all the others distinct."""
-    model = random_model(1, rows=8192 + padding)
+    model = random_model(1, rows=IDS + padding)
     with torch.no_grad():
         table = embedding(model)
-        table[8192:] = table[8192]
-        table[protocol_ids(tokenizer)["</tool_call>"]] = table[8192] * 1.01
+        table[IDS:] = table[IDS]
+        table[protocol_ids(tokenizer)["</tool_call>"]] = table[IDS] * 1.01
     assert [r.token for r in examine(model, tokenizer) if r.untrained] == ["</tool_call>"]
     with torch.no_grad():
-        embedding(model)[8192:] = 0  # nothing to be mistaken for
+        embedding(model)[IDS:] = 0  # nothing to be mistaken for
     assert not any(row.untrained for row in examine(model, tokenizer))
 
 
@@ -469,7 +481,8 @@ def write(name: str, text: str) -> Change:
 
 def fewer_rows(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:8000].clone()
+    table = weights["model.embed_tokens.weight"]
+    weights["model.embed_tokens.weight"] = table[: IDS - 1].clone()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -482,7 +495,7 @@ WHOLE = {
     "pointer": ("model.safetensors", write("model.safetensors", "version https://git-lfs\n" * 9)),
     "cut weights": ("model.safetensors", cut("model.safetensors", 10**9)),
     "no weights": ("safetensors", drop("model.safetensors")),
-    "other tokenizer": ("8000 rows", fewer_rows),
+    "other tokenizer": (f"model.safetensors: {IDS - 1} rows", fewer_rows),
     "other model": ("embed_tokens", no_embedding),
     "cut config": ("config.json", cut("config.json")),
     "config is a list": ("config.json", write("config.json", "[]")),
@@ -494,15 +507,23 @@ WHOLE = {
     "cut generation": ("generation_config.json", cut("generation_config.json")),
 }
 INDEX = "model.safetensors.index.json"
-FIRST = "model-00001-of-00003.safetensors"
+FIRST = "model-00001-of-"
+
+
+def first(folder: Path) -> Path:
+    """Give the first of a model's parts."""
+    (found,) = folder.glob(f"{FIRST}*.safetensors")
+    return found
+
+
 PARTS = {
     "no index": (INDEX, drop(INDEX)),
     "cut index": (INDEX, cut(INDEX)),
     "empty index": (INDEX, write(INDEX, "{}")),
     "index of lists": (INDEX, edit(INDEX, weight_map={"a": ["b"]})),
-    "no part": (FIRST, drop(FIRST)),
-    "cut part": (FIRST, cut(FIRST, 10**9)),
-    "swapped part": (FIRST, lambda folder: no_embedding_in(folder / FIRST)),
+    "no part": (FIRST, lambda folder: first(folder).unlink()),
+    "cut part": (FIRST, lambda folder: cut(first(folder).name, 10**9)(folder)),
+    "swapped part": (FIRST, lambda folder: no_embedding_in(first(folder))),
 }
 
 
@@ -525,8 +546,9 @@ def test_damaged_parts_are_one_line_that_names_the_file(
     sound: Path, tmp_path: Path, damage: str
 ) -> None:
     model = load_model(ModelSpec(name=str(sound)))
-    folder = saved(model, tmp_path / "parts", max_shard_size="5MB")
-    assert (folder / FIRST).is_file()
+    third = (sound / "model.safetensors").stat().st_size // 3
+    folder = saved(model, tmp_path / "parts", max_shard_size=third)
+    assert len(list(folder.glob("*.safetensors"))) > 2
     name, change = PARTS[damage]
     change(folder)
     with pytest.raises(ModelFolderError) as caught:
@@ -560,9 +582,10 @@ def test_invented_nulls_of_the_practice_rows_are_found(sound: Path, tmp_path: Pa
     good = written(rows, tmp_path / "good.jsonl")
     assert list(invented_nulls(good)) == []
     require_healthy(diagnose(sound, good))
-    bad = through_arrow(rows, tmp_path / "bad.jsonl")
+    together = in_one_table(rows)
+    bad = through_arrow(together, tmp_path / "bad.jsonl")
     hit = {line.split(":")[0] for line in invented_nulls(bad)}
-    assert len(hit) == len(rows)  # each got the tools of all the others
+    assert len(hit) == len(together) > 5  # each got the tools of all the others
     diagnosis = diagnose(sound, bad)
     assert [f.name for f in diagnosis.findings] == ["nulls"]
     with pytest.raises(UnhealthyError, match=r"bad\.jsonl.* line 1: "):

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 from killed_training import MOMENTS
+from safetensors.torch import load_file
 from transformers import TrainerState
 from trl import GRPOTrainer
 
@@ -72,7 +73,7 @@ def sft(tmp_path_factory: pytest.TempPathFactory, rows: list[Conversation]) -> P
     """Give an SFT adapter that has just begun to know the protocol, so that rewards vary."""
     out = tmp_path_factory.mktemp("sft") / "sft"
     texts = training_rows(rows)
-    train_sft(ModelSpec(), texts, texts[:1], SftPlan(max_steps=30, threads=1), out, say=quiet)
+    train_sft(ModelSpec(), texts, texts[:1], SftPlan(max_steps=14, threads=1), out, say=quiet)
     return out
 
 
@@ -148,7 +149,8 @@ def test_the_packed_step_is_that_of_the_stock_trainer(
     assert want.keys() == grads.keys()
     torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(logps, want_logps, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropies, want_entropies, rtol=1e-5, atol=1e-5)
+    # A sum of as many small terms as the vocabulary has tokens: it rounds more than one term does.
+    torch.testing.assert_close(entropies, want_entropies, rtol=1e-4, atol=1e-4)
     for name, grad in want.items():
         assert (grads[name] - grad).norm() <= 1e-5 * grad.norm(), name
     assert abs(float(want_loss)) > 1e-3  # there is something to get wrong
@@ -293,7 +295,7 @@ def test_the_reference_is_the_policy_below(
     sft: Path, rows: list[Conversation], tmp_path: Path
 ) -> None:
     """At the start policy and reference are equal, so the pull towards it has no force."""
-    plan = TINY.model_copy(update={"beta": 0.5, "max_steps": 1})
+    plan = TINY.model_copy(update={"beta": 0.5, "batch_size": 4, "max_steps": 1})
     model = stack(load_model(ModelSpec()), [sft], lora(4))
     trainer = grpo_trainer(model, load_tokenizer(POCKET), rows, plan, tmp_path)
     prepare(trainer, "key", Announce(quiet, every=1))
@@ -357,6 +359,8 @@ def test_a_run_killed_twice_goes_on_and_ends_the_same(sft: Path, tmp_path: Path)
     assert starts == ["going on from checkpoint-2", "going on from checkpoint-4"]
     one, other = (sha256(folder / "adapter_model.safetensors") for folder in (calm, out))
     assert one == other
+    weights = load_file(calm / "adapter_model.safetensors")
+    assert any(value.any() for name, value in weights.items() if "lora_B" in name)  # it learned
 
 
 # ----------------------------------------------------------------------------------------- prompts

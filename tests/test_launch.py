@@ -4,17 +4,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from practice import short_rows
 
 from toolpost.core.pairs import ASSUMED, perturbed, texts_of
-from toolpost.data.build import conversations, items, training_rows
-from toolpost.data.pocketset import rows as practice_rows
+from toolpost.data.build import training_rows
 from toolpost.train.dpo import DpoPlan
 from toolpost.train.launch import DpoJob, LaunchError, SftJob, launch
 from toolpost.train.models import ModelSpec
 from toolpost.train.sft import SftPlan
 from toolpost.train.stack import check_adapter
 
-ROWS = conversations(items("practice", practice_rows(32, 0)))
+ROWS = short_rows(32)
 TEXTS = tuple(dict(text) for text in training_rows(ROWS))
 
 

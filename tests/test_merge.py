@@ -21,15 +21,16 @@ from bitsandbytes.nn.modules import Linear4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from practice import short_rows
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from toolpost.core.format import END
-from toolpost.data.build import conversations, items, training_rows
-from toolpost.data.pocketset import rows as practice_rows
+from toolpost.data.build import training_rows
 from toolpost.record import sha256
 from toolpost.serve.checks import check_folder
 from toolpost.train import merge as room
+from toolpost.train.budget import read_shape
 from toolpost.train.doctor import PROTOCOL, protocol_ids, repair
 from toolpost.train.merge import (
     LIMITS,
@@ -89,7 +90,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def probes() -> Probes:
-    return training_rows(conversations(items("practice", practice_rows(24, 0))))[:3]
+    return training_rows(short_rows(3))
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +242,7 @@ def _one_forgotten(layer: Any) -> torch.Tensor:
 
 
 def _one_layer_forgotten(layer: Any) -> torch.Tensor:
-    forgotten = layer.in_features == 512  # the down projections
+    forgotten = layer.in_features == read_shape("pocket").intermediate  # the down projections
     return torch.zeros_like(delta(layer)) if forgotten else delta(layer)
 
 

@@ -204,7 +204,10 @@ PLAN: Final = MinePlan(pairs=40, prompts=24, samples=4, max_new_tokens=24, batch
 
 @functools.cache
 def training_rows() -> list[Conversation]:
-    return conversations(items("practice", practice_rows(120, 0)))
+    """Give rows that leave room for any answer to them; some are steps of a dialogue."""
+    rows = conversations(items("practice", practice_rows(160, 0)))
+    lengths = map(len, load_tokenizer(POCKET)([prompt_of(row) for row in rows])["input_ids"])
+    return [row for row, n in zip(rows, lengths, strict=True) if n <= PLAN.max_length - 200]
 
 
 @functools.cache

@@ -114,14 +114,14 @@ def test_the_step_is_that_of_the_stock_trainer(
 
 def test_the_naive_packing_is_not_exact(tmp_path: Path) -> None:
     """Without the mask the second answer sees the first: the test above would notice."""
-    made = trainer(tmp_path)
+    made = trainer(tmp_path, "eager")
     loss, _, _ = step(made)
     base = cast("Any", made.model).get_base_model()
     scored = base.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("attention_mask") is not None:
-            kwargs["attention_mask"] = torch.ones_like(kwargs["attention_mask"]).tril()
+        hidden = torch.full_like(kwargs["attention_mask"], torch.finfo(torch.float32).min)
+        kwargs["attention_mask"] = hidden.triu(1)
         return scored(*args, **kwargs)
 
     base.forward = forward
@@ -153,7 +153,9 @@ def test_any_group_scores_what_its_rows_score(group: int, count: int, data: st.D
     for at in range(count):  # a prompt is common to its group
         ids.view(group, count, width)[:, at, :prompt] = agreed[0, at]
     real = (ids > 0).long()
-    labels = ids.masked_fill((real == 0) | (torch.arange(width) < prompt), -100)
+    asked = st.lists(st.integers(1, 8), min_size=size, max_size=size)
+    ends = torch.tensor(data.draw(asked))[:, None]  # a row's prompt may hold another row's answer
+    labels = ids.masked_fill((real == 0) | (torch.arange(width) < ends), -100)
 
     made = model()
     from trl.trainer.utils import add_fused_lm_head

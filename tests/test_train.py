@@ -1,12 +1,17 @@
 """Training on the pocket model: few steps, but the real trainers."""
 
 import json
+import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from practice import short_rows
 
 from toolpost.core.pairs import ASSUMED, perturbed, texts_of
 from toolpost.core.schema import Conversation
@@ -27,7 +32,14 @@ from toolpost.train.loop import Announce, prepare, trainer_arguments
 from toolpost.train.merge import MergePlan, merge_adapters
 from toolpost.train.mine import Mined, MinePlan, dpo_rows, mine
 from toolpost.train.models import POCKET, ModelSpec, load_model, load_tokenizer, lora, model_folder
-from toolpost.train.sft import SftPlan, Trained, fitting, scored_positions_only, train_sft
+from toolpost.train.sft import (
+    SftPlan,
+    Trained,
+    families,
+    fitting,
+    scored_positions_only,
+    train_sft,
+)
 from toolpost.train.stack import AdapterError, save_adapter, stack
 
 WEIGHTS = "adapter_model.safetensors"
@@ -49,8 +61,8 @@ def texts(rows: list[Conversation]) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def pairs(rows: list[Conversation]) -> list[dict[str, Any]]:
-    return [texts_of(pair)._asdict() for pair in perturbed(rows, ASSUMED, 32, 0).pairs]
+def pairs() -> list[dict[str, Any]]:
+    return [texts_of(pair)._asdict() for pair in perturbed(short_rows(48), ASSUMED, 32, 0).pairs]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +108,7 @@ def test_how_many_rows_pass_at_once_changes_nothing(
 
 def test_packed_rows_do_not_see_each_other(texts: list[dict[str, str]], tmp_path: Path) -> None:
     """All rows in one step: the loss of the packed step is the loss of the padded one."""
-    few, found = texts[:4], []
+    few, found = sorted(texts, key=lambda text: len(text["prompt"]))[:4], []
     for pack_tokens in (0, 1024):
         batch = 4 if not pack_tokens else 2
         plan = SftPlan(rank=8, max_steps=1, batch_size=batch, pack_tokens=pack_tokens, threads=1)
@@ -104,6 +116,49 @@ def test_packed_rows_do_not_see_each_other(texts: list[dict[str, str]], tmp_path
         found.append(train_sft(ModelSpec(), few, few[:1], plan, out, say=quiet))
     assert found[1].curve[0]["tokens"] == found[0].curve[0]["tokens"]
     assert losses(found[1]) == pytest.approx(losses(found[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [2, 4])
+def test_rows_that_share_a_pass_train_as_they_do_alone(
+    texts: list[dict[str, str]], tmp_path: Path, share: int
+) -> None:
+    """All rows in each step, whatever the order: both losses and both steps are the same."""
+    first, second = texts[:2]
+    mark = "<|im_start|>user\n"
+    again = [t | {"prompt": t["prompt"].replace(mark, f"{mark}So: ")} for t in (first, second)]
+    few, found = [first, again[1], second, again[0]], []
+    assert len({text["prompt"] for text in few}) == 4
+    for rows_a_pass in (1, share):
+        plan = SftPlan(rank=8, max_steps=3, batch_size=4, share=rows_a_pass, threads=1)
+        out = tmp_path / str(rows_a_pass)
+        found.append(train_sft(ModelSpec(), few, few[:1], plan, out, say=quiet))
+    assert losses(found[1]) == pytest.approx(losses(found[0]), rel=1e-4)
+    assert found[1].evals[-1]["loss"] == pytest.approx(found[0].evals[-1]["loss"], rel=1e-4)
+    assert losses(found[1])[2] < losses(found[1])[0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), max_size=30),
+    share=st.integers(1, 4),
+    order=st.randoms(use_true_random=False),
+)
+def test_families_hold_each_row_once_and_keep_together_what_begins_alike(
+    rows: list[list[int]], share: int, order: random.Random
+) -> None:
+    places = list(range(len(rows)))
+    order.shuffle(places)
+    found = families(rows, share, 3, places)
+    taken = [at for family in found for at in family]
+    assert len(set(taken)) == len(taken) > len(rows) - share
+    assert all(len(family) == share for family in found)
+
+    def beginning(at: int) -> list[int]:
+        return rows[at][: rows[at].index(3)] if 3 in rows[at] else []
+
+    alike = [family for family in found if len({tuple(beginning(at)) for at in family}) == 1]
+    counts = Counter(tuple(beginning(at)) for at in places)
+    assert len(alike) >= sum(count // share for count in counts.values())
 
 
 def test_training_stops_when_it_only_gets_worse(
@@ -207,9 +262,9 @@ def test_the_sampler_gives_the_same_reference_as_a_pass(
     with_them = dpo_rows(mined)
     without = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in with_them]
     curves = []
-    for name, given in (("sampler", with_them), ("pass", without)):
+    for name, texts in (("sampler", with_them), ("pass", without)):
         plan = DpoPlan(rank=8, max_steps=3, batch_size=2, learning_rate=1e-3, threads=1)
-        aligned = train_dpo(ModelSpec(), [sft[0]], given, plan, tmp_path / name, quiet)
+        aligned = train_dpo(ModelSpec(), [sft[0]], texts, plan, tmp_path / name, quiet)
         assert aligned.reference == name
         curves.append([point["loss"] for point in aligned.curve])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)

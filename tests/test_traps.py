@@ -17,6 +17,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from practice import in_one_table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerBase,
@@ -354,10 +355,10 @@ def test_an_adapter_in_bfloat16_does_not_move_at_the_rates_of_dpo(
 def test_arrow_invents_arguments() -> None:
     """Trap 6: structs of different keys are unified, and the model is taught the nulls."""
     rows = conversations(items("practice", practice_rows(40, 0)))
-    calls = [[call.model_dump() for call in row.gold_calls] for row in rows]
+    calls = [[call.model_dump() for call in row.gold_calls] for row in in_one_table(rows)]
+    assert any(calls)
     naive = list(Dataset.from_list([{"calls": one} for one in calls]))
     assert all(None in call["arguments"].values() for row in naive for call in row["calls"])
     ours = list(Dataset.from_list([dict(row) for row in training_rows(rows)]))
-    assert any(row.gold_calls for row in rows)
     for text, row in zip(ours, rows, strict=True):
         assert same_calls(parse_answer(text["completion"]).calls, row.gold_calls)

@@ -663,6 +663,10 @@ d = {
                 "core/augment.html#_could_do",
                 "toolpost/core/augment.py",
             ),
+            "toolpost.core.augment._drawn": (
+                "core/augment.html#_drawn",
+                "toolpost/core/augment.py",
+            ),
             "toolpost.core.augment._exchange": (
                 "core/augment.html#_exchange",
                 "toolpost/core/augment.py",
@@ -678,6 +682,10 @@ d = {
             "toolpost.core.augment._left": ("core/augment.html#_left", "toolpost/core/augment.py"),
             "toolpost.core.augment._new_names": (
                 "core/augment.html#_new_names",
+                "toolpost/core/augment.py",
+            ),
+            "toolpost.core.augment._offered": (
+                "core/augment.html#_offered",
                 "toolpost/core/augment.py",
             ),
             "toolpost.core.augment._redescribed": (
@@ -1602,6 +1610,10 @@ d = {
                 "toolpost/data/build.py",
             ),
             "toolpost.data.build.items": ("data/build.html#items", "toolpost/data/build.py"),
+            "toolpost.data.build.normalize_practice": (
+                "data/build.html#normalize_practice",
+                "toolpost/data/build.py",
+            ),
             "toolpost.data.build.normalize_rows": (
                 "data/build.html#normalize_rows",
                 "toolpost/data/build.py",
@@ -1623,52 +1635,64 @@ d = {
             ),
         },
         "toolpost.data.pocketset": {
-            "toolpost.data.pocketset.Domain": (
-                "data/pocketset.html#domain",
+            "toolpost.data.pocketset.Draft": (
+                "data/pocketset.html#draft",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset.Parameter": (
-                "data/pocketset.html#parameter",
+            "toolpost.data.pocketset.Offer": (
+                "data/pocketset.html#offer",
                 "toolpost/data/pocketset.py",
             ),
             "toolpost.data.pocketset.Pen": (
                 "data/pocketset.html#pen",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset.Table": (
-                "data/pocketset.html#table",
+            "toolpost.data.pocketset.Stand": (
+                "data/pocketset.html#stand",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset.Table.shelf_of": (
-                "data/pocketset.html#table.shelf_of",
+            "toolpost.data.pocketset.Stand.tools": (
+                "data/pocketset.html#stand.tools",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset.Table.tools": (
-                "data/pocketset.html#table.tools",
+            "toolpost.data.pocketset.Wish": (
+                "data/pocketset.html#wish",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset.Tool": (
-                "data/pocketset.html#tool",
+            "toolpost.data.pocketset._apart": (
+                "data/pocketset.html#_apart",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset._ask": (
-                "data/pocketset.html#_ask",
+            "toolpost.data.pocketset._arguments": (
+                "data/pocketset.html#_arguments",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._clause": (
+                "data/pocketset.html#_clause",
                 "toolpost/data/pocketset.py",
             ),
             "toolpost.data.pocketset._compose": (
                 "data/pocketset.html#_compose",
                 "toolpost/data/pocketset.py",
             ),
+            "toolpost.data.pocketset._differ": (
+                "data/pocketset.html#_differ",
+                "toolpost/data/pocketset.py",
+            ),
             "toolpost.data.pocketset._distractors": (
                 "data/pocketset.html#_distractors",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset._faults": (
-                "data/pocketset.html#_faults",
-                "toolpost/data/pocketset.py",
-            ),
             "toolpost.data.pocketset._fill": (
                 "data/pocketset.html#_fill",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._fitting": (
+                "data/pocketset.html#_fitting",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._flat": (
+                "data/pocketset.html#_flat",
                 "toolpost/data/pocketset.py",
             ),
             "toolpost.data.pocketset._framed": (
@@ -1679,89 +1703,686 @@ d = {
                 "data/pocketset.html#_fresh",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset._is_phrase": (
-                "data/pocketset.html#_is_phrase",
+            "toolpost.data.pocketset._joined": (
+                "data/pocketset.html#_joined",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset._number": (
-                "data/pocketset.html#_number",
+            "toolpost.data.pocketset._lacking": (
+                "data/pocketset.html#_lacking",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset._offer": (
-                "data/pocketset.html#_offer",
+            "toolpost.data.pocketset._nested": (
+                "data/pocketset.html#_nested",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset._parameter": (
-                "data/pocketset.html#_parameter",
+            "toolpost.data.pocketset._once": (
+                "data/pocketset.html#_once",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._out_of_reach": (
+                "data/pocketset.html#_out_of_reach",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._parallel": (
+                "data/pocketset.html#_parallel",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._pieces": (
+                "data/pocketset.html#_pieces",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._reworded": (
+                "data/pocketset.html#_reworded",
                 "toolpost/data/pocketset.py",
             ),
             "toolpost.data.pocketset._row": (
                 "data/pocketset.html#_row",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset._slots": (
-                "data/pocketset.html#_slots",
+            "toolpost.data.pocketset._same": (
+                "data/pocketset.html#_same",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset._template_faults": (
-                "data/pocketset.html#_template_faults",
+            "toolpost.data.pocketset._sentence": (
+                "data/pocketset.html#_sentence",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset._tool": (
-                "data/pocketset.html#_tool",
+            "toolpost.data.pocketset._serves": (
+                "data/pocketset.html#_serves",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset._tool_faults": (
-                "data/pocketset.html#_tool_faults",
+            "toolpost.data.pocketset._several": (
+                "data/pocketset.html#_several",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset._value_suits": (
-                "data/pocketset.html#_value_suits",
+            "toolpost.data.pocketset._shared_stand": (
+                "data/pocketset.html#_shared_stand",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._small_talk": (
+                "data/pocketset.html#_small_talk",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._stand": (
+                "data/pocketset.html#_stand",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._told": (
+                "data/pocketset.html#_told",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._toolace": (
+                "data/pocketset.html#_toolace",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._turns": (
+                "data/pocketset.html#_turns",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._typed": (
+                "data/pocketset.html#_typed",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset._until_they_differ": (
+                "data/pocketset.html#_until_they_differ",
                 "toolpost/data/pocketset.py",
             ),
             "toolpost.data.pocketset._weighted": (
                 "data/pocketset.html#_weighted",
                 "toolpost/data/pocketset.py",
             ),
+            "toolpost.data.pocketset._wish": (
+                "data/pocketset.html#_wish",
+                "toolpost/data/pocketset.py",
+            ),
             "toolpost.data.pocketset._with_context": (
                 "data/pocketset.html#_with_context",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset.describe": (
-                "data/pocketset.html#describe",
+            "toolpost.data.pocketset._wordings": (
+                "data/pocketset.html#_wordings",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset.draw": (
-                "data/pocketset.html#draw",
+            "toolpost.data.pocketset._written": (
+                "data/pocketset.html#_written",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset.kind_of": (
-                "data/pocketset.html#kind_of",
+            "toolpost.data.pocketset.dialogue_row": (
+                "data/pocketset.html#dialogue_row",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset.read_table": (
-                "data/pocketset.html#read_table",
+            "toolpost.data.pocketset.draft": (
+                "data/pocketset.html#draft",
+                "toolpost/data/pocketset.py",
+            ),
+            "toolpost.data.pocketset.offer": (
+                "data/pocketset.html#offer",
                 "toolpost/data/pocketset.py",
             ),
             "toolpost.data.pocketset.request": (
                 "data/pocketset.html#request",
                 "toolpost/data/pocketset.py",
             ),
+            "toolpost.data.pocketset.requests": (
+                "data/pocketset.html#requests",
+                "toolpost/data/pocketset.py",
+            ),
             "toolpost.data.pocketset.rows": (
                 "data/pocketset.html#rows",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset.spoken": (
-                "data/pocketset.html#spoken",
+            "toolpost.data.pocketset.start": (
+                "data/pocketset.html#start",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset.table": (
-                "data/pocketset.html#table",
+            "toolpost.data.pocketset.toolace_row": (
+                "data/pocketset.html#toolace_row",
                 "toolpost/data/pocketset.py",
             ),
-            "toolpost.data.pocketset.type_of": (
-                "data/pocketset.html#type_of",
+            "toolpost.data.pocketset.xlam_row": (
+                "data/pocketset.html#xlam_row",
                 "toolpost/data/pocketset.py",
+            ),
+        },
+        "toolpost.data.scenes": {
+            "toolpost.data.scenes.Dialogue": (
+                "data/scenes.html#dialogue",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Draws": ("data/scenes.html#draws", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.Draws.__init__": (
+                "data/scenes.html#draws.__init__",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Draws.chance": (
+                "data/scenes.html#draws.chance",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Draws.mistaken": (
+                "data/scenes.html#draws.mistaken",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Draws.name": (
+                "data/scenes.html#draws.name",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Draws.other": (
+                "data/scenes.html#draws.other",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Draws.pick": (
+                "data/scenes.html#draws.pick",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Listing": ("data/scenes.html#listing", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.Lockers": ("data/scenes.html#lockers", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.PlanError": (
+                "data/scenes.html#planerror",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Scene": ("data/scenes.html#scene", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.Scene.call": (
+                "data/scenes.html#scene.call",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Scene.calls": (
+                "data/scenes.html#scene.calls",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Scene.refused": (
+                "data/scenes.html#scene.refused",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Script": ("data/scenes.html#script", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.Script.__init__": (
+                "data/scenes.html#script.__init__",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Script.fresh": (
+                "data/scenes.html#script.fresh",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Script.goes_on": (
+                "data/scenes.html#script.goes_on",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Script.listing": (
+                "data/scenes.html#script.listing",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Script.unseen": (
+                "data/scenes.html#script.unseen",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Service": ("data/scenes.html#service", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.Service.__init__": (
+                "data/scenes.html#service.__init__",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Service.plan": (
+                "data/scenes.html#service.plan",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Service.start": (
+                "data/scenes.html#service.start",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Service.tool": (
+                "data/scenes.html#service.tool",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.ServiceError": (
+                "data/scenes.html#serviceerror",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.State": ("data/scenes.html#state", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.State.key": (
+                "data/scenes.html#state.key",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.State.new": (
+                "data/scenes.html#state.new",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.State.row": (
+                "data/scenes.html#state.row",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Step": ("data/scenes.html#step", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.Talk": ("data/scenes.html#talk", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.Talk._step": (
+                "data/scenes.html#talk._step",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Talk.reply": (
+                "data/scenes.html#talk.reply",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Talk.user": (
+                "data/scenes.html#talk.user",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.Turn": ("data/scenes.html#turn", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes._add_days": (
+                "data/scenes.html#_add_days",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes._ask_for_locker": (
+                "data/scenes.html#_ask_for_locker",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes._book_locker": (
+                "data/scenes.html#_book_locker",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes._bring": ("data/scenes.html#_bring", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes._complain": (
+                "data/scenes.html#_complain",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes._find_locker": (
+                "data/scenes.html#_find_locker",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes._free": ("data/scenes.html#_free", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes._insist": ("data/scenes.html#_insist", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes._listing": (
+                "data/scenes.html#_listing",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes._locate_parcel": (
+                "data/scenes.html#_locate_parcel",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes._lockers": (
+                "data/scenes.html#_lockers",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes._object": ("data/scenes.html#_object", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes._on_offer": (
+                "data/scenes.html#_on_offer",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes._played": ("data/scenes.html#_played", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes._prolong": (
+                "data/scenes.html#_prolong",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes._report_locker": (
+                "data/scenes.html#_report_locker",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes._schema": ("data/scenes.html#_schema", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes._size": ("data/scenes.html#_size", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes._thanks": ("data/scenes.html#_thanks", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.code": ("data/scenes.html#code", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.codes": ("data/scenes.html#codes", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.number": ("data/scenes.html#number", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.people": ("data/scenes.html#people", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.play": ("data/scenes.html#play", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.run": ("data/scenes.html#run", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.runs_again": (
+                "data/scenes.html#runs_again",
+                "toolpost/data/scenes.py",
+            ),
+            "toolpost.data.scenes.say": ("data/scenes.html#say", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.script": ("data/scenes.html#script", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.series": ("data/scenes.html#series", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.some": ("data/scenes.html#some", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.styled": ("data/scenes.html#styled", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.where": ("data/scenes.html#where", "toolpost/data/scenes.py"),
+            "toolpost.data.scenes.words": ("data/scenes.html#words", "toolpost/data/scenes.py"),
+        },
+        "toolpost.data.services": {
+            "toolpost.data.services.Bikes": (
+                "data/services.html#bikes",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services.Guesthouse": (
+                "data/services.html#guesthouse",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services.House": (
+                "data/services.html#house",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services.Jars": ("data/services.html#jars", "toolpost/data/services.py"),
+            "toolpost.data.services.Library": (
+                "data/services.html#library",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services.Mood": ("data/services.html#mood", "toolpost/data/services.py"),
+            "toolpost.data.services.Portion": (
+                "data/services.html#portion",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services.Restaurant": (
+                "data/services.html#restaurant",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services.Use": ("data/services.html#use", "toolpost/data/services.py"),
+            "toolpost.data.services.Workshop": (
+                "data/services.html#workshop",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._add_dishes": (
+                "data/services.html#_add_dishes",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._add_extras": (
+                "data/services.html#_add_extras",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._add_savings": (
+                "data/services.html#_add_savings",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._arrival": (
+                "data/services.html#_arrival",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._arrive": (
+                "data/services.html#_arrive",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._begin": (
+                "data/services.html#_begin",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._begin_stay": (
+                "data/services.html#_begin_stay",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._bikes": (
+                "data/services.html#_bikes",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._bikes_at": (
+                "data/services.html#_bikes_at",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._borrow": (
+                "data/services.html#_borrow",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._buy": ("data/services.html#_buy", "toolpost/data/services.py"),
+            "toolpost.data.services._by_goal": (
+                "data/services.html#_by_goal",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._card_credit": (
+                "data/services.html#_card_credit",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._change_heating": (
+                "data/services.html#_change_heating",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._change_nights": (
+                "data/services.html#_change_nights",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._dish_info": (
+                "data/services.html#_dish_info",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._eat": ("data/services.html#_eat", "toolpost/data/services.py"),
+            "toolpost.data.services._end_rental": (
+                "data/services.html#_end_rental",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._extras": (
+                "data/services.html#_extras",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._find_job": (
+                "data/services.html#_find_job",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._find_stay": (
+                "data/services.html#_find_stay",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._first_order": (
+                "data/services.html#_first_order",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._free_rooms": (
+                "data/services.html#_free_rooms",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._guest_calls": (
+                "data/services.html#_guest_calls",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._guesthouse": (
+                "data/services.html#_guesthouse",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._heat": (
+                "data/services.html#_heat",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._house": (
+                "data/services.html#_house",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._how_far": (
+                "data/services.html#_how_far",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._in_debt": (
+                "data/services.html#_in_debt",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._jars": (
+                "data/services.html#_jars",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._job": ("data/services.html#_job", "toolpost/data/services.py"),
+            "toolpost.data.services._keep_book": (
+                "data/services.html#_keep_book",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._known": (
+                "data/services.html#_known",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._lamps": (
+                "data/services.html#_lamps",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._lend_book": (
+                "data/services.html#_lend_book",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._library": (
+                "data/services.html#_library",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._list_jars": (
+                "data/services.html#_list_jars",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._longer": (
+                "data/services.html#_longer",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._low_credit": (
+                "data/services.html#_low_credit",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._misread": (
+                "data/services.html#_misread",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._move": (
+                "data/services.html#_move",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._move_savings": (
+                "data/services.html#_move_savings",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._new_goal": (
+                "data/services.html#_new_goal",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._new_mood": (
+                "data/services.html#_new_mood",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._no_such_room": (
+                "data/services.html#_no_such_room",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._open_jar": (
+                "data/services.html#_open_jar",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._open_job": (
+                "data/services.html#_open_job",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._open_order": (
+                "data/services.html#_open_order",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._open_tables": (
+                "data/services.html#_open_tables",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._order_part": (
+                "data/services.html#_order_part",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._ordered": (
+                "data/services.html#_ordered",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._parts": (
+                "data/services.html#_parts",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._pay_fees": (
+                "data/services.html#_pay_fees",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._portions": (
+                "data/services.html#_portions",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._prices": (
+                "data/services.html#_prices",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._renew": (
+                "data/services.html#_renew",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._renew_loans": (
+                "data/services.html#_renew_loans",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._rent": (
+                "data/services.html#_rent",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._restaurant": (
+                "data/services.html#_restaurant",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._ride": (
+                "data/services.html#_ride",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._room_state": (
+                "data/services.html#_room_state",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._save_mood": (
+                "data/services.html#_save_mood",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._search_author": (
+                "data/services.html#_search_author",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._seat_party": (
+                "data/services.html#_seat_party",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._set_stage": (
+                "data/services.html#_set_stage",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._share_out": (
+                "data/services.html#_share_out",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._shift": (
+                "data/services.html#_shift",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._show_card": (
+                "data/services.html#_show_card",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._sold_out": (
+                "data/services.html#_sold_out",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._start_mood": (
+                "data/services.html#_start_mood",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._start_rental": (
+                "data/services.html#_start_rental",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._switch_lamps": (
+                "data/services.html#_switch_lamps",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._take_in": (
+                "data/services.html#_take_in",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._top_up": (
+                "data/services.html#_top_up",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._use_parts": (
+                "data/services.html#_use_parts",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._warmest": (
+                "data/services.html#_warmest",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._welcome": (
+                "data/services.html#_welcome",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._wishes": (
+                "data/services.html#_wishes",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services._workshop": (
+                "data/services.html#_workshop",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services.dialogue": (
+                "data/services.html#dialogue",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services.halves": (
+                "data/services.html#halves",
+                "toolpost/data/services.py",
+            ),
+            "toolpost.data.services.replay": (
+                "data/services.html#replay",
+                "toolpost/data/services.py",
             ),
         },
         "toolpost.data.sources": {
@@ -1843,6 +2464,194 @@ d = {
                 "data/sources.html#use_artifact",
                 "toolpost/data/sources.py",
             ),
+        },
+        "toolpost.data.survey": {
+            "toolpost.data.survey._known": ("data/survey.html#_known", "toolpost/data/survey.py"),
+            "toolpost.data.survey._label": ("data/survey.html#_label", "toolpost/data/survey.py"),
+            "toolpost.data.survey._shares": ("data/survey.html#_shares", "toolpost/data/survey.py"),
+            "toolpost.data.survey.arguments_of": (
+                "data/survey.html#arguments_of",
+                "toolpost/data/survey.py",
+            ),
+            "toolpost.data.survey.asked": ("data/survey.html#asked", "toolpost/data/survey.py"),
+            "toolpost.data.survey.describe": (
+                "data/survey.html#describe",
+                "toolpost/data/survey.py",
+            ),
+            "toolpost.data.survey.variety": ("data/survey.html#variety", "toolpost/data/survey.py"),
+        },
+        "toolpost.data.table": {
+            "toolpost.data.table.Domain": ("data/table.html#domain", "toolpost/data/table.py"),
+            "toolpost.data.table.Parameter": (
+                "data/table.html#parameter",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table.Table": ("data/table.html#table", "toolpost/data/table.py"),
+            "toolpost.data.table.Table.group_of": (
+                "data/table.html#table.group_of",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table.Table.groups": (
+                "data/table.html#table.groups",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table.Table.tools": (
+                "data/table.html#table.tools",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table.Tool": ("data/table.html#tool", "toolpost/data/table.py"),
+            "toolpost.data.table.Tool.about": (
+                "data/table.html#tool.about",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table.Tool.leaves": (
+                "data/table.html#tool.leaves",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table._ShapeError": (
+                "data/table.html#_shapeerror",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table._common_faults": (
+                "data/table.html#_common_faults",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table._domains": ("data/table.html#_domains", "toolpost/data/table.py"),
+            "toolpost.data.table._form_faults": (
+                "data/table.html#_form_faults",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table._kind_faults": (
+                "data/table.html#_kind_faults",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table._listed": ("data/table.html#_listed", "toolpost/data/table.py"),
+            "toolpost.data.table._load": ("data/table.html#_load", "toolpost/data/table.py"),
+            "toolpost.data.table._name_faults": (
+                "data/table.html#_name_faults",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table._parameter": (
+                "data/table.html#_parameter",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table._parameter_faults": (
+                "data/table.html#_parameter_faults",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table._read_kinds": (
+                "data/table.html#_read_kinds",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table._suits": ("data/table.html#_suits", "toolpost/data/table.py"),
+            "toolpost.data.table._template_faults": (
+                "data/table.html#_template_faults",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table._tool": ("data/table.html#_tool", "toolpost/data/table.py"),
+            "toolpost.data.table._tool_faults": (
+                "data/table.html#_tool_faults",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table.is_phrase": (
+                "data/table.html#is_phrase",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table.practice_files": (
+                "data/table.html#practice_files",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table.read_table": (
+                "data/table.html#read_table",
+                "toolpost/data/table.py",
+            ),
+            "toolpost.data.table.slots": ("data/table.html#slots", "toolpost/data/table.py"),
+            "toolpost.data.table.table": ("data/table.html#table", "toolpost/data/table.py"),
+        },
+        "toolpost.data.values": {
+            "toolpost.data.values.Form": ("data/values.html#form", "toolpost/data/values.py"),
+            "toolpost.data.values.Span": ("data/values.html#span", "toolpost/data/values.py"),
+            "toolpost.data.values.Value": ("data/values.html#value", "toolpost/data/values.py"),
+            "toolpost.data.values._clock": ("data/values.html#_clock", "toolpost/data/values.py"),
+            "toolpost.data.values._clock_words": (
+                "data/values.html#_clock_words",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values._count": ("data/values.html#_count", "toolpost/data/values.py"),
+            "toolpost.data.values._day": ("data/values.html#_day", "toolpost/data/values.py"),
+            "toolpost.data.values._drawing": (
+                "data/values.html#_drawing",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values._has_form": (
+                "data/values.html#_has_form",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values._how_many": (
+                "data/values.html#_how_many",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values._list": ("data/values.html#_list", "toolpost/data/values.py"),
+            "toolpost.data.values._name": ("data/values.html#_name", "toolpost/data/values.py"),
+            "toolpost.data.values._number": ("data/values.html#_number", "toolpost/data/values.py"),
+            "toolpost.data.values._option": ("data/values.html#_option", "toolpost/data/values.py"),
+            "toolpost.data.values._ordinal": (
+                "data/values.html#_ordinal",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values._over": ("data/values.html#_over", "toolpost/data/values.py"),
+            "toolpost.data.values._part_of_day": (
+                "data/values.html#_part_of_day",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values._price": ("data/values.html#_price", "toolpost/data/values.py"),
+            "toolpost.data.values._range_fault": (
+                "data/values.html#_range_fault",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values._rest_fault": (
+                "data/values.html#_rest_fault",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values._several": (
+                "data/values.html#_several",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values._share": ("data/values.html#_share", "toolpost/data/values.py"),
+            "toolpost.data.values._span": ("data/values.html#_span", "toolpost/data/values.py"),
+            "toolpost.data.values._span_forms": (
+                "data/values.html#_span_forms",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values._times": ("data/values.html#_times", "toolpost/data/values.py"),
+            "toolpost.data.values._word": ("data/values.html#_word", "toolpost/data/values.py"),
+            "toolpost.data.values.draw": ("data/values.html#draw", "toolpost/data/values.py"),
+            "toolpost.data.values.in_words": (
+                "data/values.html#in_words",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values.is_converted": (
+                "data/values.html#is_converted",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values.kind_fault": (
+                "data/values.html#kind_fault",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values.options_of": (
+                "data/values.html#options_of",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values.parts_of": (
+                "data/values.html#parts_of",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values.span_of": ("data/values.html#span_of", "toolpost/data/values.py"),
+            "toolpost.data.values.together": (
+                "data/values.html#together",
+                "toolpost/data/values.py",
+            ),
+            "toolpost.data.values.type_of": ("data/values.html#type_of", "toolpost/data/values.py"),
         },
         "toolpost.pipeline": {
             "toolpost.pipeline.Node": ("pipeline.html#node", "toolpost/pipeline.py"),
@@ -4479,17 +5288,32 @@ d = {
                 "train/prefix.html#packed",
                 "toolpost/train/prefix.py",
             ),
+            "toolpost.train.prefix._attention": (
+                "train/prefix.html#_attention",
+                "toolpost/train/prefix.py",
+            ),
             "toolpost.train.prefix._common": (
                 "train/prefix.html#_common",
                 "toolpost/train/prefix.py",
             ),
-            "toolpost.train.prefix._mask": ("train/prefix.html#_mask", "toolpost/train/prefix.py"),
+            "toolpost.train.prefix._in_parts": (
+                "train/prefix.html#_in_parts",
+                "toolpost/train/prefix.py",
+            ),
             "toolpost.train.prefix._pack_one": (
                 "train/prefix.html#_pack_one",
                 "toolpost/train/prefix.py",
             ),
+            "toolpost.train.prefix._prepare": (
+                "train/prefix.html#_prepare",
+                "toolpost/train/prefix.py",
+            ),
             "toolpost.train.prefix._unpacked": (
                 "train/prefix.html#_unpacked",
+                "toolpost/train/prefix.py",
+            ),
+            "toolpost.train.prefix.base_of": (
+                "train/prefix.html#base_of",
                 "toolpost/train/prefix.py",
             ),
             "toolpost.train.prefix.block_mask": (
@@ -4502,8 +5326,16 @@ d = {
                 "train/prefix.html#share_prefixes",
                 "toolpost/train/prefix.py",
             ),
+            "toolpost.train.prefix.shared_attention": (
+                "train/prefix.html#shared_attention",
+                "toolpost/train/prefix.py",
+            ),
             "toolpost.train.prefix.shared_prefix": (
                 "train/prefix.html#shared_prefix",
+                "toolpost/train/prefix.py",
+            ),
+            "toolpost.train.prefix.sizes_of": (
+                "train/prefix.html#sizes_of",
                 "toolpost/train/prefix.py",
             ),
             "toolpost.train.prefix.work": ("train/prefix.html#work", "toolpost/train/prefix.py"),
@@ -4599,12 +5431,39 @@ d = {
                 "train/sft.html#_grouped._get_train_sampler",
                 "toolpost/train/sft.py",
             ),
+            "toolpost.train.sft._InFamilies": (
+                "train/sft.html#_infamilies",
+                "toolpost/train/sft.py",
+            ),
+            "toolpost.train.sft._InFamilies.__init__": (
+                "train/sft.html#_infamilies.__init__",
+                "toolpost/train/sft.py",
+            ),
+            "toolpost.train.sft._InFamilies.__iter__": (
+                "train/sft.html#_infamilies.__iter__",
+                "toolpost/train/sft.py",
+            ),
+            "toolpost.train.sft._InFamilies.__len__": (
+                "train/sft.html#_infamilies.__len__",
+                "toolpost/train/sft.py",
+            ),
+            "toolpost.train.sft._Shared": ("train/sft.html#_shared", "toolpost/train/sft.py"),
+            "toolpost.train.sft._Shared._get_train_sampler": (
+                "train/sft.html#_shared._get_train_sampler",
+                "toolpost/train/sft.py",
+            ),
             "toolpost.train.sft._arguments": ("train/sft.html#_arguments", "toolpost/train/sft.py"),
+            "toolpost.train.sft._beginning": ("train/sft.html#_beginning", "toolpost/train/sft.py"),
             "toolpost.train.sft._report": ("train/sft.html#_report", "toolpost/train/sft.py"),
             "toolpost.train.sft.answers": ("train/sft.html#answers", "toolpost/train/sft.py"),
+            "toolpost.train.sft.families": ("train/sft.html#families", "toolpost/train/sft.py"),
             "toolpost.train.sft.fitting": ("train/sft.html#fitting", "toolpost/train/sft.py"),
             "toolpost.train.sft.scored_positions_only": (
                 "train/sft.html#scored_positions_only",
+                "toolpost/train/sft.py",
+            ),
+            "toolpost.train.sft.sft_trainer": (
+                "train/sft.html#sft_trainer",
                 "toolpost/train/sft.py",
             ),
             "toolpost.train.sft.train_sft": ("train/sft.html#train_sft", "toolpost/train/sft.py"),

@@ -103,6 +103,7 @@ class Sft(Training):
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
     pack_tokens: Count = 0
+    share: Positive = 1
     patience: Count = 0
     probe_rows: Count = 32
     processes: Positive = 1

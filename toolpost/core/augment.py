@@ -38,23 +38,36 @@ __all__ = [
     "texts_of",
 ]
 
-# %% ../../nbs/core/12_augment.ipynb #bc3e9cd5
-_FOUR: Final = struct.Struct(">4I")
+# %% ../../nbs/core/12_augment.ipynb #d14596df
+_TWO: Final = struct.Struct(">2I")
 
 
 class Draw(NamedTuple):
     """The random numbers of a row, each at least 0 and less than 1."""
 
     abstain: float
+    answer: float
     masked: float
     wrapped: float
-    answer: float
+
+
+def _drawn(key: str) -> list[float]:
+    found = hashlib.sha256(key.encode("utf-8", "replace")).digest()
+    return [n / 2**32 for n in _TWO.unpack_from(found)]
+
+
+def _offered(row: Conversation) -> str:
+    return "\n".join([row.source, *row.tools])
 
 
 def draw(row: Conversation, seed: int) -> Draw:
-    """Draw a row's random numbers: equal for equal seed, source, id and step."""
-    key = f"{seed}:{row.source}:{row.id}:{row.step}".encode("utf-8", "replace")
-    return Draw(*[n / 2**32 for n in _FOUR.unpack_from(hashlib.sha256(key).digest())])
+    """Draw a row's random numbers.
+
+    `abstain` and `answer` are equal for equal seed, source, id and step; `masked` and `wrapped`
+    for equal seed, source and names of the tools.
+    """
+    own = _drawn(f"{seed}:{row.source}:{row.id}:{row.step}")
+    return Draw(*own, *_drawn(f"{seed}:{_offered(row)}"))
 
 
 # %% ../../nbs/core/12_augment.ipynb #1300969d
@@ -277,7 +290,7 @@ def _all_text(row: Conversation) -> str:
     return "\n".join(parts).lower()
 
 
-# %% ../../nbs/core/12_augment.ipynb #7f915c4d
+# %% ../../nbs/core/12_augment.ipynb #76c1a261
 def _told_apart(row: Conversation) -> bool:
     """Tell whether the tools that are called can be found by their descriptions."""
     about = [(tool.description, tool.schema_text) for tool in row.tools.values()]
@@ -294,7 +307,7 @@ def _new_names(row: Conversation, seed: int, text: str) -> dict[str, str]:
     taken, names = set(row.tools), dict[str, str]()
     for name in row.tools:
         for attempt in itertools.count():
-            key = f"{seed}:{row.source}:{row.id}:{row.step}:{attempt}:{name}"
+            key = f"{seed}:{attempt}:{name}:{_offered(row)}"
             new = f"fn_{hashlib.sha256(key.encode('utf-8', 'replace')).hexdigest()[:6]}"
             if new not in taken and new not in text:
                 break

@@ -914,8 +914,10 @@ def decide(
 def _whole_part(settings: Training, planned: Planned) -> int:
     """Give the largest part of a step's rows that fits and goes into it without a rest."""
     most = planned.most // settings.max_length if planned.unit == "tokens" else planned.most
-    parts = (n for n in range(1, settings.batch_size + 1) if settings.batch_size % n == 0)
-    return max(n for n in parts if n <= max(most, 1))
+    share = getattr(settings, "share", 1)  # rows that cannot be parted
+    parts = range(share, settings.batch_size + 1, share)
+    whole = (n for n in parts if settings.batch_size % n == 0 and n <= max(most, share))
+    return max(whole, default=share)
 
 
 # %% ../../nbs/train/11_budget.ipynb #bbf56af2
