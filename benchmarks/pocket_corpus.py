@@ -26,7 +26,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -352,12 +352,78 @@ SAID = (
     *("{value} as the {field}", "{value} for the {field}", "set the {field} to {value}"),
     *("use {value} as {field}", "{field} = {value}", "whose {field} is {value}"),
 )
+BARE = ("{value}", "for {value}", "of {value}", "in {value}", "with {value}", "to {value}")
 Told = tuple[str, Any]  # how English says a value, and the value
 
 
 def spoken(name: str) -> str:
     """Turn a field's name into words."""
     return " ".join(word.lower() for word in _WORD.findall(name)) or name
+
+
+def _listed(said: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(said[:-1]), said[-1]]))
+
+
+def a_time(rng: random.Random) -> Told:
+    """Draw a time of day, on either clock."""
+    hour, minute = rng.randint(1, 23), rng.choice([0, 15, 30, 45, rng.randint(1, 59)])
+    twelve = (hour - 1) % 12 + 1
+    half = "am" if hour < 12 else "pm"
+    part = "in the morning" if hour < 12 else "in the afternoon" if hour < 18 else "in the evening"
+    if minute in (0, 15, 30) and rng.random() < 0.5:
+        lead = {0: "", 15: "a quarter past ", 30: "half past "}[minute]
+        return f"{lead}{NUMBERS[twelve]} {part}", f"{hour:02}:{minute:02}"
+    said = rng.choice([f"{twelve}:{minute:02} {half}", f"{hour:02}:{minute:02}"])
+    return said, f"{hour:02}:{minute:02}"
+
+
+def a_share(rng: random.Random) -> Told:
+    """Draw a share; it is said in percent."""
+    percent = rng.randint(1, 99)
+    return f"{percent}{rng.choice(['%', ' %', ' percent'])}", percent / 100
+
+
+def a_distance(rng: random.Random) -> Told:
+    """Draw a distance in metres; it is said in kilometres."""
+    tenths = rng.randint(1, 400)
+    said = str(tenths // 10) if tenths % 10 == 0 else str(tenths / 10)
+    return f"{said} {rng.choice(['km', 'kilometres'])}", tenths * 100
+
+
+def a_span(rng: random.Random) -> Told:
+    """Draw a span in minutes; it is said in hours or minutes."""
+    hours = rng.randint(2, 12)
+    return rng.choice(
+        [
+            (f"{NUMBERS[hours]} hours", hours * 60),
+            (f"{hours} hours", hours * 60),
+            ("an hour", 60),
+            ("half an hour", 30),
+            ("an hour and a half", 90),
+            (f"{hours * 5} minutes", hours * 5),
+        ]
+    )
+
+
+def a_price(rng: random.Random) -> Told:
+    """Draw an amount of money in dollars."""
+    cents = rng.randint(100, 30000)
+    dollars, rest = divmod(cents, 100)
+    forms = [f"${dollars}.{rest:02}", f"{dollars} dollars and {rest} cents"]
+    return (rng.choice(forms), cents / 100) if rest else (f"{dollars} dollars", float(dollars))
+
+
+# Fields that people speak of in another way than a program wants them.
+CONVERTED: dict[Field, Callable[[random.Random], Told]] = {
+    Field("start_time", "string", "Time of day, HH:MM on the 24-hour clock.", True): a_time,
+    Field("closing_time", "string", "When it ends, as HH:MM.", True): a_time,
+    Field("share", "number", "Share of the whole, between 0 and 1.", True): a_share,
+    Field("discount", "number", "Discount as a fraction.", True): a_share,
+    Field("distance", "integer", "Distance in metres.", True): a_distance,
+    Field("duration", "integer", "Duration in minutes.", True): a_span,
+    Field("amount", "number", "Amount in dollars.", True): a_price,
+}
 
 
 @dataclass(frozen=True)
@@ -400,11 +466,12 @@ class Examples:
         """Draw a list of texts or of numbers."""
         one = self.rng.choice([self.text, self.number])
         found = [one() for _ in range(self.rng.choice([1, 2, 2, 3, 3, 4]))]
-        said = [how for how, _ in found]
-        return " and ".join(filter(None, [", ".join(said[:-1]), said[-1]])), [v for _, v in found]
+        return _listed([how for how, _ in found]), [value for _, value in found]
 
     def value(self, field: Field) -> Told:
         """Draw a value of a field's type."""
+        if field in CONVERTED:
+            return CONVERTED[field](self.rng)
         if field.options:
             value = self.rng.choice(field.options)
             return self.rng.choice([value, spoken(value)]), value
@@ -418,28 +485,65 @@ class Examples:
             return self.rng.choice([("yes", "no"), ("true", "false"), ("on", "off")])[not yes], yes
         return self.several() if field.kind in ("array", "list") else self.text()
 
-    def _said(self, field: Field, value: str) -> str:
-        if field.options and self.rng.random() < 0.4:
-            return value  # it can be nothing else
-        return self.rng.choice(SAID).format(field=spoken(field.name), value=value)
+    def _said(self, field: Field, value: str, *, alone: bool) -> str:
+        words = spoken(field.name)
+        if alone and self.rng.random() < 0.4:
+            last = words.rpartition(" ")[2]
+            number = field.kind in ("integer", "int") and field not in CONVERTED
+            return f"{value} {last}" if number else self.rng.choice(BARE).format(value=value)
+        return self.rng.choice(SAID).format(field=words, value=value)
 
     def example(self, entry: Entry, name: Naming) -> tuple[str, dict[str, Any]]:
-        """Say values for some fields of an entry in a sentence, and give them."""
+        """Say values for some fields of an entry in a sentence, and give them.
+
+        A value may be said without its field where no other field of the entry has its type.
+        """
         plain = [f for f in entry.fields if f.kind not in ("object", "dict")]
         drawn = [f for f in plain if f.required or self.rng.random() < 0.35]
         drawn = drawn[:4] or plain[:1]
         told = {f: self.value(f) for f in drawn}
-        parts = [self._said(f, told[f][0]) for f in self.rng.sample(drawn, len(drawn))]
-        between = self.rng.choice([", ", ", ", "; ", " and "])
+        kinds = [(f.kind, f.options, CONVERTED.get(f)) for f in drawn]
+        single = {f: kinds.count(kind) == 1 for f, kind in zip(drawn, kinds, strict=True)}
+        parts = [
+            self._said(f, told[f][0], alone=single[f]) for f in self.rng.sample(drawn, len(drawn))
+        ]
+        between = self.rng.choice([", ", ", ", "; ", " ", " and "])
         said = between.join(parts[:-1]) + (" and " if parts[:-1] else "") + parts[-1]
         return said, {name(f.name): told[f][1] for f in drawn}
 
 
+def _aim(about: str, rng: random.Random) -> str:
+    """Say what a function does: its description, an infinitive, or a few words of it."""
+    about = about.rstrip(".")
+    first, _, rest = about.partition(" ")
+    if first.endswith("s") and not first.endswith("ss") and rest and rng.random() < 0.4:
+        return f"to {first[:-1].lower()} {rest}"
+    words = re.findall(r"[^\W\d_]{4,}", about)
+    if len(words) < 4 or rng.random() < 0.4:
+        return about
+    kept = sorted(rng.sample(range(len(words)), rng.choice([2, 3])))
+    return " ".join(words[at].lower() for at in kept)
+
+
 def _headed(entry: Entry, said: str, rng: random.Random) -> str:
-    about = entry.about.rstrip(".")
-    forms = ["{about}: {said}.", "{said}. {about}.", "{about}, {said}.", "{about}. {said}."]
-    text = rng.choice(forms).format(about=about, said=said)
+    forms = [
+        "{aim}: {said}.",
+        "{said}. {aim}.",
+        "{aim}, {said}.",
+        "{aim} {said}.",
+        "{said}, {aim}.",
+    ]
+    text = rng.choice(forms).format(aim=_aim(entry.about, rng), said=said)
     return text[:1].upper() + text[1:]
+
+
+def _with_converted(entry: Entry, rng: random.Random) -> Entry:
+    if rng.random() < 0.65:
+        return entry
+    extra = rng.choice(list(CONVERTED))
+    others = tuple(f for f in entry.fields if f.name.lower() != extra.name)
+    at = rng.randint(0, len(others))
+    return replace(entry, fields=(*others[:at], extra, *others[at:]))
 
 
 def _examples_page(place: str, group: list[Entry], drawing: Examples) -> str:
@@ -447,22 +551,23 @@ def _examples_page(place: str, group: list[Entry], drawing: Examples) -> str:
     style, field_style = (rng.choice(["as it is", "snake", "snake", "camel"]) for _ in range(2))
     prefix = rng.choice(["", "", place.split(".")[-1] + "."])
     layout = Layout(rng, lambda s: prefix + _cased(s, style), lambda s: _cased(s, field_style))
-    listing = rng.choice([layout.as_json, layout.as_json, layout.as_reference])
+    group = [_with_converted(entry, rng) for entry in group]
+    listing = rng.choice([layout.as_json, layout.as_json, layout.as_json, layout.as_reference])
     parts = [listing(rng.sample(group, len(group)))]
-    shape = rng.choice(["{name}\n{input}", "{name} {input}", "{input}", "{input}"])
     for entry in rng.choices(group, k=rng.choice([2, 3, 4, 5])):
-        said, values = drawing.example(entry, layout.field)
+        made = [drawing.example(entry, layout.field) for _ in range(rng.choice([1, 1, 1, 1, 2, 3]))]
+        said = rng.choice(["; ", " and ", ", then "]).join(said for said, _ in made)
         if len(group) > 1 or rng.random() < 0.5:
             said = _headed(entry, said, rng)
-        written = json.dumps(values, ensure_ascii=False)
-        line = shape if len(group) == 1 else "{name}\n{input}"
-        line = line.replace("{name}", layout.name(entry.name)).replace("{input}", written)
-        parts.append(f"{said}\n{line}")
+        written = [
+            f"{layout.name(entry.name)}\n{json.dumps(v, ensure_ascii=False)}" for _, v in made
+        ]
+        parts.append("\n".join([said, *written]))
     return "\n\n".join(parts)
 
 
 def exemplified(entries: Sequence[Entry], texts: Sequence[str], seed: int) -> Iterator[str]:
-    """Write pages of one to three entries of a place, with examples; words come from the texts."""
+    """Write pages of a few entries of a place, with examples; words come from the texts."""
     rng = random.Random(f"exemplified {seed}")
     found = re.findall(r"[^\W\d_]{3,}", " ".join(texts))
     names = sorted({word for word in found if word.istitle()})
@@ -475,7 +580,7 @@ def exemplified(entries: Sequence[Entry], texts: Sequence[str], seed: int) -> It
     for place in sorted(places):
         mixed = rng.sample(places[place], len(places[place]))
         while mixed:
-            many = rng.choice([1, 1, 1, 2, 2, 3])
+            many = rng.choice([1, 1, 2, 2, 3, 4])
             group, mixed = mixed[:many], mixed[many:]
             yield _examples_page(place, group, drawing)
 

@@ -73,13 +73,13 @@ class Phase:
 
 BROAD = {"services": 0.35, "docstrings": 0.3, "prose": 0.2, "code": 0.15}
 EVERYDAY = {"requests": 0.35, "services": 0.3, "docstrings": 0.2, "prose": 0.1, "code": 0.05}
-LESS = {"requests": 0.25, "services": 0.15, "docstrings": 0.1, "prose": 0.05, "code": 0.05}
-EXAMPLES = {"examples": 0.4} | LESS
+LESS = {"requests": 0.2, "services": 0.15, "docstrings": 0.1, "prose": 0.03, "code": 0.02}
+EXAMPLES = {"examples": 0.5} | LESS
 PHASES = {
     "broad": Phase(512, 16, 12e6, 0.8e6, 0.0, BROAD),
     "everyday": Phase(512, 16, 13.2e6, 0.0, 0.0, EVERYDAY),
     "long": Phase(1024, 8, 24e6, 0.0, 1.0, EVERYDAY),
-    "examples": Phase(1024, 8, 36e6, 0.4e6, 1.0, EXAMPLES),
+    "examples": Phase(1024, 8, 60e6, 0.8e6, 0.3, EXAMPLES),
 }
 LAST = "examples"
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import calendar
 import importlib.util
 import json
+import random
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -115,7 +117,7 @@ def _is_said(value: object, text: str, corpus: ModuleType) -> bool:
 
 def test_an_example_states_what_its_input_holds(corpus: ModuleType) -> None:
     field = corpus.Field
-    kinds = {"number": "integer", "share": "number", "given": "boolean", "days": "array"}
+    kinds = {"number": "integer", "width": "number", "given": "boolean", "days": "array"}
     fields = [field(name, kind, "", required=True) for name, kind in kinds.items()]
     entries = [
         corpus.Entry(
@@ -126,16 +128,43 @@ def test_an_example_states_what_its_input_holds(corpus: ModuleType) -> None:
     words = [
         "The brown rabbits meet Anna, Rashid and Quentin while seven geese watch them closely."
     ]
+    styles = ("as it is", "snake", "camel")
+    converted = {corpus._cased(f.name, style) for f in corpus.CONVERTED for style in styles}
     pages = [page for seed in range(60) for page in corpus.exemplified(entries, words, seed)]
     inputs = 0
     for page in pages:
         _, *examples = page.split("\n\n")
         for example in filter(lambda text: text.endswith("}"), examples):
-            said, found = re.split(r"\n(?:[\w.]+[ \n])?(?={)", example)
-            for value in json.loads(found).values():
-                assert _is_said(value, said.lower(), corpus), example
-                inputs += 1
+            said = example.split("\n")[0].lower()
+            for line in filter(lambda text: text.startswith("{"), example.split("\n")):
+                for name, value in json.loads(line).items():
+                    assert name in converted or _is_said(value, said, corpus), example
+                    inputs += 1
     assert inputs > 500
+
+
+def test_what_is_said_in_another_unit_is_converted(corpus: ModuleType) -> None:
+    def draw(maker: Any) -> dict[str, Any]:
+        rng = random.Random(0)
+        return dict(maker(rng) for _ in range(4000))
+
+    times, spans = draw(corpus.a_time), draw(corpus.a_span)
+    assert times["half past six in the evening"] == "18:30"
+    assert times["a quarter past eleven in the morning"] == "11:15"
+    assert times["twelve in the afternoon"] == "12:00"
+    assert (spans["two hours"], spans["an hour and a half"], spans["45 minutes"]) == (120, 90, 45)
+    for said, meant in times.items():
+        clock = re.fullmatch(r"(\d+):(\d\d)(?: (am|pm))?", said)
+        if clock:
+            hour = int(clock[1]) % 12 + 12 * (clock[3] == "pm") if clock[3] else int(clock[1])
+            assert meant == f"{hour:02}:{clock[2]}"
+    for said, meant in draw(corpus.a_share).items():
+        assert meant == pytest.approx(int(re.findall(r"\d+", said)[0]) / 100)
+    for said, meant in draw(corpus.a_distance).items():
+        assert meant == pytest.approx(1000 * float(said.split()[0]))
+    for said, meant in draw(corpus.a_price).items():
+        whole, *rest = re.findall(r"\d+", said)
+        assert meant == pytest.approx(int(whole) + int((*rest, 0)[0]) / 100)
 
 
 def test_requests_come_back_in_other_words(documents: list[str]) -> None:
