@@ -79,7 +79,7 @@ PHASES = {
     "broad": Phase(512, 16, 12e6, 0.8e6, 0.0, BROAD),
     "everyday": Phase(512, 16, 13.2e6, 0.0, 0.0, EVERYDAY),
     "long": Phase(1024, 8, 24e6, 0.0, 1.0, EVERYDAY),
-    "examples": Phase(1024, 8, 60e6, 0.8e6, 0.3, EXAMPLES),
+    "examples": Phase(1024, 8, 40e6, 0.8e6, 0.4, EXAMPLES),
 }
 LAST = "examples"
 

@@ -607,6 +607,8 @@ d = {
             ),
         },
         "toolpost.cli": {
+            "toolpost.cli._Commands": ("cli.html#_commands", "toolpost/cli.py"),
+            "toolpost.cli._Commands.invoke": ("cli.html#_commands.invoke", "toolpost/cli.py"),
             "toolpost.cli._OrTask": ("cli.html#_ortask", "toolpost/cli.py"),
             "toolpost.cli._OrTask.parse_args": ("cli.html#_ortask.parse_args", "toolpost/cli.py"),
             "toolpost.cli._announce": ("cli.html#_announce", "toolpost/cli.py"),

@@ -55,14 +55,27 @@ __all__ = [
     "verify",
 ]
 
-# %% ../nbs/03_cli.ipynb #da8f373c
+# %% ../nbs/03_cli.ipynb #0bc691be
+STOPPED: Final = 130  # the exit code of a command stopped with Ctrl-C
+
+
+class _Commands(TyperGroup):
+    """Says that Ctrl-C stopped a command, also while its libraries are still imported."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _fail("stopped", STOPPED) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Teach a base language model to call tools, measure it on BFCL, and show the work.",
 )
-STOPPED: Final = 130  # the exit code of a command stopped with Ctrl-C
 
 
 @app.callback()
