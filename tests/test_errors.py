@@ -47,16 +47,19 @@ from toolpost.bench.errors import (
     shown_tools,
 )
 from toolpost.bench.harness import dialogue_calls, oracle_calls
-from toolpost.bench.probes import complete, probe
-from toolpost.core.format import render_calls
-from toolpost.core.metrics import tally
+from toolpost.bench.probes import Completion, Probed, compare, complete, probe
+from toolpost.core.format import completion_of, render_calls
+from toolpost.core.metrics import row_cluster, tally
 from toolpost.core.schema import Conversation, ToolCall, ToolSpec
 from toolpost.core.verify import verify_spec
+from toolpost.data.build import conversations, items
+from toolpost.data.pocketset import rows as practice_rows
 from toolpost.report import flow as report
 from toolpost.report.tables import Record, to_html
 
 E: Final = ErrorClass
 CAP: Final = 64
+PRACTICE: Final = conversations(items("practice", practice_rows(60, 0)))
 
 # ------------------------------------------------------------------------------------- every type
 
@@ -629,3 +632,32 @@ def test_the_server_says_who_ran_away() -> None:
         server.shutdown()
     assert (found.metrics["run_away"].hits, found.metrics["run_away"].n) == (2, 3)
     assert found.texts == ("I say it.",) * 3
+
+
+@given(st.data())
+def test_two_models_are_compared_on_the_rows_that_count(data: st.DataObject) -> None:
+    rows = data.draw(st.lists(st.sampled_from(PRACTICE), min_size=1, max_size=30))
+
+    def answers(name: str) -> Probed:
+        right = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)), name)
+        texts = [
+            completion_of(row.gold_calls, row.answer) if good else "<tool_call>"
+            for row, good in zip(rows, right, strict=True)
+        ]
+        return probe(rows, lambda _: [Completion(text, capped=False) for text in texts])
+
+    before, after = answers("before"), answers("after")
+    found = compare(rows, before, after)
+    for metric, seen in found.items():
+        was, now = before.metrics[metric], after.metrics[metric]
+        assert (seen.before, seen.after, seen.n) == (was.hits, now.hits, was.n)
+        assert seen.won - seen.lost == now.hits - was.hits
+        assert seen.clusters == len(
+            {row_cluster(r) for r in rows if bool(r.gold_calls) == (metric != "abstention")}
+        )
+    due = {bool(row.gold_calls) for row in rows}
+    assert ("exact_call" in found, "abstention" in found) == (True in due, False in due)
+    back = compare(rows, after, before)
+    assert {m: (c.lost, c.won) for m, c in back.items()} == {
+        m: (c.won, c.lost) for m, c in found.items()
+    }

@@ -431,6 +431,10 @@ d = {
                 "bench/probes.html#probed",
                 "toolpost/bench/probes.py",
             ),
+            "toolpost.bench.probes.compare": (
+                "bench/probes.html#compare",
+                "toolpost/bench/probes.py",
+            ),
             "toolpost.bench.probes.complete": (
                 "bench/probes.html#complete",
                 "toolpost/bench/probes.py",
@@ -3022,6 +3026,10 @@ d = {
                 "report/tables.html#_memory_rows",
                 "toolpost/report/tables.py",
             ),
+            "toolpost.report.tables._name": (
+                "report/tables.html#_name",
+                "toolpost/report/tables.py",
+            ),
             "toolpost.report.tables._not_run": (
                 "report/tables.html#_not_run",
                 "toolpost/report/tables.py",
@@ -3107,6 +3115,10 @@ d = {
                 "report/tables.html#change_cell",
                 "toolpost/report/tables.py",
             ),
+            "toolpost.report.tables.changed_metrics": (
+                "report/tables.html#changed_metrics",
+                "toolpost/report/tables.py",
+            ),
             "toolpost.report.tables.claim": (
                 "report/tables.html#claim",
                 "toolpost/report/tables.py",
@@ -3157,6 +3169,14 @@ d = {
             ),
             "toolpost.report.tables.measured_ceiling": (
                 "report/tables.html#measured_ceiling",
+                "toolpost/report/tables.py",
+            ),
+            "toolpost.report.tables.metric_changes": (
+                "report/tables.html#metric_changes",
+                "toolpost/report/tables.py",
+            ),
+            "toolpost.report.tables.metric_claim": (
+                "report/tables.html#metric_claim",
                 "toolpost/report/tables.py",
             ),
             "toolpost.report.tables.metric_rows": (

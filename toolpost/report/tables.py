@@ -40,8 +40,10 @@ __all__ = [
     "ALONE",
     "GROUPS",
     "KINDS",
+    "LINE",
     "MEANING",
     "NOT_RUN",
+    "OWN",
     "READING",
     "RECOVERY",
     "SIZES",
@@ -60,6 +62,7 @@ __all__ = [
     "category_scores",
     "change",
     "change_cell",
+    "changed_metrics",
     "claim",
     "count_cell",
     "curve",
@@ -73,6 +76,8 @@ __all__ = [
     "limits",
     "measured",
     "measured_ceiling",
+    "metric_changes",
+    "metric_claim",
     "metric_rows",
     "metrics",
     "overall",
@@ -394,10 +399,14 @@ def p_value(p: float) -> str:
     return f"p {size}".replace(" ", _GAP)
 
 
-# %% ../../nbs/report/01_tables.ipynb #520783c7
+# %% ../../nbs/report/01_tables.ipynb #c99b6ae9
+def _name(model: str) -> str:
+    return LABEL.get(model, model.upper())
+
+
 def say(statement: Statement) -> str:
     """Say one comparison in words."""
-    seen, new, old = statement.change, LABEL[statement.new], LABEL[statement.old]
+    seen, new, old = statement.change, _name(statement.new), _name(statement.old)
     where = f"the {seen.n} questions {statement.kind}"
     size = points(abs(seen.mean)).lstrip("+")
     numbers = f"{seen.won} won, {seen.lost} lost, {_span(seen)} points, {p_value(statement.p)}"
@@ -826,6 +835,51 @@ def metric_rows(counts: Mapping[str, Mapping[str, Count]]) -> list[Row]:
         empty = "nothing to judge" if seen else NOT_RUN
         rows.append(Row(metric.replace("_", " ") + arrow, scores, empty=empty))
     return rows
+
+
+# %% ../../nbs/report/01_tables.ipynb #30ca790b
+LINE: Final = (*STEPS, ("dpo", "grpo"))  # each model and the one before it
+OWN: Final[Mapping[str, str]] = {
+    "exact_call": "of our own that need a call",
+    "abstention": "of our own that need none",
+}
+
+
+def metric_changes(records: Records) -> dict[tuple[str, str], Statement]:
+    """Give what each step of training changed in our own metrics: model, metric, change."""
+    kind = dict[str, dict[str, Difference]]
+    found = part(records, "60_eval", "changes", kind) or {}
+    flat = [
+        (old, new, m, seen) for old, new in LINE if new in found for m, seen in found[new].items()
+    ]
+    adjusted = holm([seen.p for *_, seen in flat])
+    return {
+        (new, m): Statement(old, new, OWN.get(m, ""), seen, p)
+        for (old, new, m, seen), p in zip(flat, adjusted, strict=True)
+    }
+
+
+# %% ../../nbs/report/01_tables.ipynb #8a4f34eb
+def metric_claim(changes: Mapping[tuple[str, str], Statement]) -> list[str]:
+    """Give the sentences that our own rows allow, for each step of training."""
+    return [say(changes[key]) for key in changes if key[1] in OWN] or [
+        f"What training changed on our own rows: {NOT_RUN}."
+    ]
+
+
+def changed_metrics(changes: Mapping[tuple[str, str], Statement]) -> Table:
+    """Give the paired differences of our own metrics, step by step of training."""
+    rows = []
+    for metric in dict.fromkeys(metric for _, metric in changes):
+        seen = [changes.get((new, metric)) for _, new in LINE]
+        cells = [change_cell(s.change, s.p) if s else Cell(NOT_RUN, "", "muted") for s in seen]
+        rows.append((Cell(metric.replace("_", " "), MEANING[metric]), *cells))
+    head = ("metric", *(f"{_name(new)} vs {_name(old)}" for old, new in LINE))
+    note = (
+        "In points, with the answers won and lost, the 95 % interval, and p after Holm's "
+        "correction (the sign-flip test over tools). Bold: p below 5 %."
+    )
+    return Table("What training changed", head, tuple(rows), (note,))
 
 
 # %% ../../nbs/report/01_tables.ipynb #73e51ad5
