@@ -546,7 +546,10 @@ def _with_converted(entry: Entry, rng: random.Random) -> Entry:
     return replace(entry, fields=(*others[:at], extra, *others[at:]))
 
 
-def _examples_page(place: str, group: list[Entry], drawing: Examples) -> str:
+FEW, MANY = (2, 3, 4, 5), (6, 8, 10, 12)  # examples on a page
+
+
+def _examples_page(place: str, group: list[Entry], drawing: Examples, counts: Sequence[int]) -> str:
     rng = drawing.rng
     style, field_style = (rng.choice(["as it is", "snake", "snake", "camel"]) for _ in range(2))
     prefix = rng.choice(["", "", place.split(".")[-1] + "."])
@@ -554,7 +557,7 @@ def _examples_page(place: str, group: list[Entry], drawing: Examples) -> str:
     group = [_with_converted(entry, rng) for entry in group]
     listing = rng.choice([layout.as_json, layout.as_json, layout.as_json, layout.as_reference])
     parts = [listing(rng.sample(group, len(group)))]
-    for entry in rng.choices(group, k=rng.choice([2, 3, 4, 5])):
+    for entry in rng.choices(group, k=rng.choice(counts)):
         made = [drawing.example(entry, layout.field) for _ in range(rng.choice([1, 1, 1, 1, 2, 3]))]
         said = rng.choice(["; ", " and ", ", then "]).join(said for said, _ in made)
         if len(group) > 1 or rng.random() < 0.5:
@@ -566,7 +569,12 @@ def _examples_page(place: str, group: list[Entry], drawing: Examples) -> str:
     return "\n\n".join(parts)
 
 
-def exemplified(entries: Sequence[Entry], texts: Sequence[str], seed: int) -> Iterator[str]:
+def exemplified(
+    entries: Sequence[Entry],
+    texts: Sequence[str],
+    seed: int,
+    counts: Sequence[int] = FEW,
+) -> Iterator[str]:
     """Write pages of a few entries of a place, with examples; words come from the texts."""
     rng = random.Random(f"exemplified {seed}")
     found = re.findall(r"[^\W\d_]{3,}", " ".join(texts))
@@ -582,7 +590,7 @@ def exemplified(entries: Sequence[Entry], texts: Sequence[str], seed: int) -> It
         while mixed:
             many = rng.choice([1, 1, 2, 2, 3, 4])
             group, mixed = mixed[:many], mixed[many:]
-            yield _examples_page(place, group, drawing)
+            yield _examples_page(place, group, drawing, counts)
 
 
 # Requests ---------------------------------------------------------------------------------------
@@ -646,6 +654,8 @@ def documents() -> Iterator[tuple[str, Source, str]]:
     for seed in range(4):
         told = exemplified(entries, everyday, seed)
         yield from (("examples", botocore, text) for text in told)
+        told = exemplified(entries, everyday, 10 + seed, MANY)
+        yield from (("drills", botocore, text) for text in told)
     standard = Source("python-stdlib", sys.version.split()[0], "PSF-2.0")
     roots = [(standard, "python", Path(os.__file__).parent)]
     for package, licence in PACKAGES.items():
@@ -658,6 +668,8 @@ def documents() -> Iterator[tuple[str, Source, str]]:
             yield from (("docstrings", source, text) for text in told)
             told = exemplified([entry for entry, _ in found], everyday, seed)
             yield from (("examples", source, text) for text in told)
+            told = exemplified([entry for entry, _ in found], everyday, 10 + seed, MANY)
+            yield from (("drills", source, text) for text in told)
         for entry, doc in found:
             yield "prose", source, f"{entry.place}.{entry.name}\n{doc}"
         if package not in ("transformers", "pandas", "statsmodels", "matplotlib"):

@@ -9,6 +9,7 @@ Run it from the project's environment, step by step; `train` goes on where it st
     python benchmarks/pretrain_pocket.py train --phase everyday
     python benchmarks/pretrain_pocket.py train --phase long
     python benchmarks/pretrain_pocket.py train --phase examples
+    python benchmarks/pretrain_pocket.py train --phase drills
     python benchmarks/pretrain_pocket.py ship
 
 Nothing of BFCL, of an agent framework or of a chat template is read: the base has to stay raw.
@@ -75,13 +76,16 @@ BROAD = {"services": 0.35, "docstrings": 0.3, "prose": 0.2, "code": 0.15}
 EVERYDAY = {"requests": 0.35, "services": 0.3, "docstrings": 0.2, "prose": 0.1, "code": 0.05}
 LESS = {"requests": 0.2, "services": 0.15, "docstrings": 0.1, "prose": 0.03, "code": 0.02}
 EXAMPLES = {"examples": 0.5} | LESS
+LEAST = {"requests": 0.12, "services": 0.08, "docstrings": 0.06, "prose": 0.02, "code": 0.02}
+DRILLS = {"drills": 0.7} | LEAST
 PHASES = {
     "broad": Phase(512, 16, 12e6, 0.8e6, 0.0, BROAD),
     "everyday": Phase(512, 16, 13.2e6, 0.0, 0.0, EVERYDAY),
     "long": Phase(1024, 8, 24e6, 0.0, 1.0, EVERYDAY),
     "examples": Phase(1024, 8, 40e6, 0.8e6, 0.4, EXAMPLES),
+    "drills": Phase(1024, 8, 120e6, 0.8e6, 0.3, DRILLS),
 }
-LAST = "examples"
+LAST = "drills"
 
 
 def write_kind(out: Path, kind: str, texts: Iterable[str]) -> None:
@@ -173,7 +177,7 @@ def tokenizer(out: Path) -> None:
     fast.chat_template = template.read_text(encoding="utf-8")
     fast.save_pretrained(out / "model")
     print(len(fast), "tokens;", fast.tokenize("get_weather(city='Lima', days=12)"))
-    for kind in (*kinds, "examples"):
+    for kind in (*kinds, "examples", "drills"):
         tokens(out, kind)
 
 
@@ -254,7 +258,7 @@ def saved_state(out: Path) -> dict[str, Any] | None:
     import torch
 
     path = out / "state.pt"
-    return torch.load(path, weights_only=True) if path.exists() else None
+    return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
 
 
 def train(out: Path, name: str, rate: float) -> None:
@@ -262,7 +266,8 @@ def train(out: Path, name: str, rate: float) -> None:
     import torch
 
     torch.manual_seed(0)
-    phase, model = PHASES[name], build_model()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    phase, model = PHASES[name], build_model().to(device)
     text = Text(out, phase)
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -279,7 +284,8 @@ def train(out: Path, name: str, rate: float) -> None:
         began = state["began"] if state["phase"] == name else seen
 
     def plain_loss(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        ids = ids.to(device)
+        with torch.autocast(device, dtype=torch.bfloat16):
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
@@ -341,6 +347,7 @@ def train(out: Path, name: str, rate: float) -> None:
         "tokens": seen,
         "phases": {n: asdict(p) for n, p in PHASES.items()},
         "rate": rate,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "curve": log,
