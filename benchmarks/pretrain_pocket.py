@@ -29,7 +29,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pocket_corpus
 
@@ -267,7 +267,8 @@ def train(out: Path, name: str, rate: float) -> None:
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    phase, model = PHASES[name], build_model().to(device)
+    phase, model = PHASES[name], build_model()
+    cast("Any", model).to(device)  # its stub takes a model for the device
     text = Text(out, phase)
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
