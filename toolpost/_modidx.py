@@ -1645,6 +1645,10 @@ d = {
                 "data/pocketset.html#draft",
                 "toolpost/data/pocketset.py",
             ),
+            "toolpost.data.pocketset.Lot": (
+                "data/pocketset.html#lot",
+                "toolpost/data/pocketset.py",
+            ),
             "toolpost.data.pocketset.Offer": (
                 "data/pocketset.html#offer",
                 "toolpost/data/pocketset.py",
@@ -1713,6 +1717,10 @@ d = {
                 "data/pocketset.html#_joined",
                 "toolpost/data/pocketset.py",
             ),
+            "toolpost.data.pocketset._kinds": (
+                "data/pocketset.html#_kinds",
+                "toolpost/data/pocketset.py",
+            ),
             "toolpost.data.pocketset._lacking": (
                 "data/pocketset.html#_lacking",
                 "toolpost/data/pocketset.py",
@@ -1759,10 +1767,6 @@ d = {
             ),
             "toolpost.data.pocketset._several": (
                 "data/pocketset.html#_several",
-                "toolpost/data/pocketset.py",
-            ),
-            "toolpost.data.pocketset._shared_stand": (
-                "data/pocketset.html#_shared_stand",
                 "toolpost/data/pocketset.py",
             ),
             "toolpost.data.pocketset._small_talk": (
@@ -1821,6 +1825,10 @@ d = {
                 "data/pocketset.html#draft",
                 "toolpost/data/pocketset.py",
             ),
+            "toolpost.data.pocketset.lot": (
+                "data/pocketset.html#lot",
+                "toolpost/data/pocketset.py",
+            ),
             "toolpost.data.pocketset.offer": (
                 "data/pocketset.html#offer",
                 "toolpost/data/pocketset.py",
@@ -1835,10 +1843,6 @@ d = {
             ),
             "toolpost.data.pocketset.rows": (
                 "data/pocketset.html#rows",
-                "toolpost/data/pocketset.py",
-            ),
-            "toolpost.data.pocketset.start": (
-                "data/pocketset.html#start",
                 "toolpost/data/pocketset.py",
             ),
             "toolpost.data.pocketset.toolace_row": (
