@@ -75,4 +75,4 @@ notebooks: setup
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 
 pytest: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 30

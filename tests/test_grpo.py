@@ -151,8 +151,8 @@ def test_the_packed_step_is_that_of_the_stock_trainer(
     torch.testing.assert_close(logps, want_logps, rtol=1e-5, atol=1e-5)
     # A sum of as many small terms as the vocabulary has tokens: it rounds more than one term does.
     torch.testing.assert_close(entropies, want_entropies, rtol=1e-4, atol=1e-4)
-    for name, grad in want.items():
-        assert (grads[name] - grad).norm() <= 1e-5 * grad.norm(), name
+    for name, grad in want.items():  # sums over hundreds of tokens, in another order
+        assert (grads[name] - grad).norm() <= 5e-5 * grad.norm(), name
     assert abs(float(want_loss)) > 1e-3  # there is something to get wrong
     plain, through = (sum(shared._metrics["train"][name]) for name in ("plain", "passed"))
     assert through < plain * (1 / group + 0.35)
