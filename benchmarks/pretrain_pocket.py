@@ -70,6 +70,7 @@ class Phase:
     rise: float  # tokens over which the rate rises
     decay: float  # share of the phase over which the rate falls to nothing
     mix: dict[str, float]  # kind of text: share of the blocks
+    rate: float = 3e-3  # the highest
 
 
 BROAD = {"services": 0.35, "docstrings": 0.3, "prose": 0.2, "code": 0.15}
@@ -83,7 +84,7 @@ PHASES = {
     "everyday": Phase(512, 16, 13.2e6, 0.0, 0.0, EVERYDAY),
     "long": Phase(1024, 8, 24e6, 0.0, 1.0, EVERYDAY),
     "examples": Phase(1024, 8, 40e6, 0.8e6, 0.4, EXAMPLES),
-    "drills": Phase(1024, 8, 120e6, 0.8e6, 0.3, DRILLS),
+    "drills": Phase(1024, 4, 120e6, 0.8e6, 0.3, DRILLS, 1.5e-3),
 }
 LAST = "drills"
 
@@ -261,13 +262,14 @@ def saved_state(out: Path) -> dict[str, Any] | None:
     return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
 
 
-def train(out: Path, name: str, rate: float) -> None:
+def train(out: Path, name: str) -> None:
     """Train a phase (constant rate, then linear decay); a checkpoint every five minutes."""
     import torch
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     phase, model = PHASES[name], build_model()
+    rate = phase.rate
     cast("Any", model).to(device)  # its stub takes a model for the device
     text = Text(out, phase)
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -329,7 +331,7 @@ def train(out: Path, name: str, rate: float) -> None:
         now = time.time()
         spent, last = spent + now - last, now
         if not math.isfinite(loss.item()):
-            raise SystemExit("the loss is not finite: lower --rate")
+            raise SystemExit("the loss is not finite: lower the rate of the phase")
         if step % 50 == 0:
             log.append(
                 {"phase": name, "step": step, "tokens": seen, "loss": round(loss.item(), 4)}
@@ -347,7 +349,6 @@ def train(out: Path, name: str, rate: float) -> None:
         "minutes": round(spent / 60, 1),
         "tokens": seen,
         "phases": {n: asdict(p) for n, p in PHASES.items()},
-        "rate": rate,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -381,9 +382,9 @@ the pocket profile keeps for dev and test the base has read nothing.
 ## Training
 
 {tokens:,} tokens in {minutes:.0f} minutes on {threads} CPU threads (torch {torch}, bfloat16 matrix
-products, Muon and AdamW with peak rate {rate}), in phases:
+products, Muon and AdamW), in phases:
 
-| phase | up to tokens | block | rate | text |
+| phase | up to tokens | blocks a step | rate | text |
 |---|---:|---:|---|---|
 {phases}
 
@@ -413,9 +414,10 @@ def sampled(curve: list[dict[str, Any]], count: int = 12) -> list[dict[str, Any]
 
 def phase_line(name: str, phase: Phase) -> str:
     """Give a phase's line of the card."""
-    rate = f"falls over the last {phase.decay:.0%}" if phase.decay else "constant"
+    fall = f"falls over the last {phase.decay:.0%}" if phase.decay else "constant"
+    rate, block = f"{phase.rate}, {fall}", f"{phase.batch} of {phase.length}"
     mix = ", ".join(f"{share:.0%} {kind}" for kind, share in phase.mix.items())
-    return f"{name} | {phase.tokens:,.0f} | {phase.length} | {rate} | {mix}"
+    return f"{name} | {phase.tokens:,.0f} | {block} | {rate} | {mix}"
 
 
 def card(out: Path, config: Any) -> str:
@@ -442,7 +444,6 @@ def card(out: Path, config: Any) -> str:
         minutes=about["minutes"],
         threads=about["threads"],
         torch=about["torch"],
-        rate=about["rate"],
         longest=max(phase.length for phase in PHASES.values()),
         phases="\n".join(f"| {phase_line(name, phase)} |" for name, phase in PHASES.items()),
         kinds=" | ".join(kinds),
@@ -475,10 +476,9 @@ def main() -> None:
     parser.add_argument("step", choices=["corpus", "tokenizer", "requests", "train", "ship"])
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain"))
     parser.add_argument("--phase", choices=list(PHASES), default="broad")
-    parser.add_argument("--rate", type=float, default=3e-3)
     a = parser.parse_args()
     if a.step == "train":
-        train(a.out, a.phase, a.rate)
+        train(a.out, a.phase)
     else:
         {"corpus": corpus, "tokenizer": tokenizer, "requests": requests, "ship": ship}[a.step](
             a.out
